@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`VectorBlock`, the one element type that carries vectors, its coder, and what a source of vectors must offer.
+
+A block is a matrix, never a list of rows: 10 000 x 128 floats cost 2 ms to encode and decode as one matrix and 118 ms as Python lists.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from apache_beam import coders
+
+#: Largest number of bytes in one block, priorities included.
+MAX_BLOCK_BYTES = 4_000_000
+
+#: What the plugin's `data_type` is in numpy: binary vectors travel packed, 8 dimensions a byte.
+NUMPY_TYPES = {"float": np.dtype("<f4"), "byte": np.dtype("i1"), "binary": np.dtype("u1")}
+
+_WIRE_TYPES = tuple(NUMPY_TYPES.values())
+_HEADER = struct.Struct("<BBIQ")  # version, index into _WIRE_TYPES, columns, rows
+_VERSION = 1
+
+
+def columns(dimension: int, data_type: str) -> int:
+    """Matrix columns of a vector: `dimension`, or `dimension / 8` bytes for binary vectors."""
+    return dimension // 8 if data_type == "binary" else dimension
+
+
+def block_rows(row_bytes: int) -> int:
+    """Rows of `row_bytes` bytes that fit a block beside their 8-byte priorities; at least one."""
+    return max(1, MAX_BLOCK_BYTES // (row_bytes + 8))
+
+
+@dataclass(frozen=True, eq=False)
+class VectorBlock:
+    """Vectors with the priorities that decide whether they are sampled.
+
+    Attributes:
+      priorities: (n,) uint64. The sample is made of the smallest priorities.
+      vectors: (n, columns) float32, int8 or (binary vectors, packed) uint8.
+    """
+
+    priorities: np.ndarray
+    vectors: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.priorities.shape != self.vectors.shape[:1] or self.vectors.ndim != 2:
+            raise ValueError(f"block of {self.priorities.shape} priorities and {self.vectors.shape} vectors")
+
+    def __len__(self) -> int:
+        return len(self.priorities)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, VectorBlock)
+            and self.vectors.dtype == other.vectors.dtype
+            and np.array_equal(self.priorities, other.priorities)
+            and np.array_equal(self.vectors, other.vectors)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class VectorBlockCoder(coders.Coder):
+    """Raw little-endian buffers behind a small header; decoding copies nothing."""
+
+    def encode(self, block: VectorBlock) -> bytes:
+        vectors = np.ascontiguousarray(block.vectors)
+        rows, cols = vectors.shape
+        header = _HEADER.pack(_VERSION, _WIRE_TYPES.index(vectors.dtype), cols, rows)
+        return b"".join((header, np.ascontiguousarray(block.priorities, "<u8").data, vectors.data))
+
+    def decode(self, encoded: bytes) -> VectorBlock:
+        version, kind, cols, rows = _HEADER.unpack_from(encoded)
+        if version != _VERSION:
+            raise ValueError(f"VectorBlock version {version}, expected {_VERSION}")
+        priorities = np.frombuffer(encoded, "<u8", rows, _HEADER.size)
+        vectors = np.frombuffer(encoded, _WIRE_TYPES[kind], rows * cols, _HEADER.size + 8 * rows)
+        return VectorBlock(priorities, vectors.reshape(rows, cols))
+
+    def estimate_size(self, block: VectorBlock) -> int:
+        # Without this Beam encodes every block again only to learn its size.
+        return _HEADER.size + block.priorities.nbytes + block.vectors.nbytes
+
+    def is_deterministic(self) -> bool:
+        return True
+
+    def to_type_hint(self) -> Any:
+        return VectorBlock
+
+
+coders.registry.register_coder(VectorBlock, VectorBlockCoder)
+
+
+@dataclass(frozen=True)
+class RejectedVector:
+    """A vector that cannot be used: where it is and why, e.g. ('part-3.parquet', 'row 17', 'length 96, expected 128')."""
+
+    source: str
+    row: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """What a source says of itself before it is read; the plan and the model's provenance show it.
+
+    Attributes:
+      name: the index expression or the file pattern.
+      reader: how it is read, e.g. 'parquet' or 'script+cbor, point in time'.
+      count: vectors (an upper bound where nulls are only seen on reading).
+      row_bytes: bytes read from the source per vector, estimated.
+    """
+
+    name: str
+    reader: str
+    count: int
+    row_bytes: float
+
+
+S = TypeVar("S")
+
+
+class VectorSource(Protocol[S]):
+    """What `ReadFromOpenSearch` and `ReadVectorsFromParquet` are made of; picklable, opens nothing until asked."""
+
+    def summary(self) -> SourceSummary:
+        """Contacts the source. Raises RequestError if it does not fit the request."""
+
+    def slices(self) -> Sequence[S]:
+        """Independent, picklable parts that together hold each vector once. Contacts the source."""
+
+    def read(self, part: S, keep: float, reject: Callable[[RejectedVector], None]) -> Iterator[VectorBlock]:
+        """Blocks of the vectors in `part` whose priority is below `keep` * 2**64 (all of them when `keep` is 1).
+
+        Priorities do not depend on `keep` or on how the source was sliced. `reject` is called for each bad vector and
+        may raise to end the run.
+        """
