@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ReadVectors`, the Beam side of every vector source: slices are planned on the launcher and read on the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics
+from apache_beam.pvalue import DoOutputsTuple, TaggedOutput
+
+from transforms.errors import TrainingError
+from transforms.vectors import RejectedVector, VectorBlock, VectorSource
+
+#: Tags of the outputs of `ReadVectors`.
+VECTORS = "vectors"
+REJECTED = "rejected"
+
+#: Namespace of every metric of this package.
+METRICS = "knn_train"
+
+
+@dataclass(eq=False)
+class ReadVectors(beam.PTransform):
+    """Reads a source: `p | ReadVectors(source)` gives `.vectors` (VectorBlock) and `.rejected` (RejectedVector).
+
+    Attributes:
+      source: contacted once, when the transform is applied, to plan the slices.
+      keep: passes on only vectors with a priority below `keep` * 2**64.
+      max_bad_vectors: a slice with more bad vectors than this ends the run with TrainingError. The sum over all slices is
+        the caller's to check, from the rejected output.
+    """
+
+    source: VectorSource
+    keep: float = 1.0
+    max_bad_vectors: int = 0
+
+    def expand(self, begin: Any) -> DoOutputsTuple:
+        return (
+            begin
+            | "Plan slices" >> beam.Create(list(self.source.slices()))
+            # Without this, runners fuse the slices into one bundle, or read at the parallelism of Create.
+            | "Spread slices" >> beam.Reshuffle()
+            | "Read slices"
+            >> beam.ParDo(_ReadSlice(self.source, self.keep, self.max_bad_vectors))
+            .with_output_types(VectorBlock)
+            .with_outputs(REJECTED, main=VECTORS)
+        )
+
+    def display_data(self) -> dict[str, Any]:
+        return {"keep": self.keep, "max_bad_vectors": self.max_bad_vectors}
+
+
+class _ReadSlice(beam.DoFn):
+    def __init__(self, source: VectorSource, keep: float, max_bad_vectors: int):
+        self._source = source
+        self._keep = keep
+        self._max_bad_vectors = max_bad_vectors
+        self._vectors_read = Metrics.counter(METRICS, "vectors_read")
+        self._vectors_rejected = Metrics.counter(METRICS, "vectors_rejected")
+        self._slices_done = Metrics.counter(METRICS, "slices_done")
+        self._block_rows = Metrics.distribution(METRICS, "block_rows")
+
+    def process(self, part: Any) -> Iterator[Any]:
+        rejected: list[RejectedVector] = []
+        # closing: a source may hold a search context or an open file, also when the runner drops this generator half way.
+        with closing(_as_generator(self._source.read(part, self._keep, self._rejecter(rejected)))) as blocks:
+            for block in blocks:
+                self._vectors_read.inc(len(block))
+                self._block_rows.update(len(block))
+                yield block
+        for bad in rejected:
+            yield TaggedOutput(REJECTED, bad)
+        self._slices_done.inc()
+
+    def _rejecter(self, rejected: list[RejectedVector]) -> Any:
+        def reject(bad: RejectedVector) -> None:
+            rejected.append(bad)
+            self._vectors_rejected.inc()
+            if len(rejected) > self._max_bad_vectors:
+                raise TrainingError(too_many_bad_vectors(len(rejected), self._max_bad_vectors, rejected[0]))
+
+        return reject
+
+
+def too_many_bad_vectors(count: int, allowed: int, first: RejectedVector) -> str:
+    """The line that ends a run with `count` bad vectors where `allowed` are permitted."""
+    found = "1 bad vector" if count == 1 else f"{count} bad vectors"
+    return f"{found}, {allowed} allowed (max_bad_vectors); the first is {first.source} {first.row}: {first.reason}"
+
+
+def _as_generator(blocks: Iterator[VectorBlock]) -> Any:
+    """`blocks` with a `close`, for sources that return a plain iterator."""
+    return blocks if hasattr(blocks, "close") else (block for block in blocks)
