@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that several tests share. The servers start when a test first asks for one and live as long as the session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import pytest
+
+from tests.opensearch_home import Missing
+from tests.opensearch_server import OpenSearchServer
+
+
+@pytest.fixture(scope="session")
+def opensearch_3() -> Iterator[OpenSearchServer]:
+    yield from _served(lambda: OpenSearchServer("3.6.0"))
+
+
+@pytest.fixture(scope="session")
+def opensearch_2() -> Iterator[OpenSearchServer]:
+    yield from _served(lambda: OpenSearchServer("2.19.1"))
+
+
+@pytest.fixture(scope="session", params=["opensearch_3", "opensearch_2"])
+def opensearch(request: pytest.FixtureRequest) -> OpenSearchServer:
+    """Both versions, one after the other."""
+    server: OpenSearchServer = request.getfixturevalue(request.param)
+    return server
+
+
+def _served(make: Callable[[], OpenSearchServer]) -> Iterator[OpenSearchServer]:
+    try:
+        server = make()
+    except Missing as missing:
+        # A developer may lack a JDK; a CI run that skips these tests would show nothing.
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(missing))
+    with closing(server):
+        server.start()
+        yield server
