@@ -31,6 +31,8 @@ from typing import Any
 
 from opensearchpy import OpenSearch
 
+from tests.knn_bridge import SETTINGS as BRIDGE_SETTINGS
+from tests.knn_bridge import BridgeTrainer, compile_bridge
 from tests.opensearch_home import RELEASES, Missing, Release, assemble
 
 START_TIMEOUT = 180.0
@@ -57,6 +59,7 @@ class OpenSearchServer:
         self.run_dir = Path(tempfile.mkdtemp(prefix=f"opensearch-{version}-", dir=_shared_temp()))
         self.run_dir.chmod(0o755)
         atexit.register(self.close)
+        self.trainer = BridgeTrainer()
         self.home = self._place_home()
         self._prepare()
 
@@ -107,6 +110,7 @@ class OpenSearchServer:
     def close(self) -> None:
         """Ends the node at once and removes all it wrote."""
         self._kill(signal.SIGKILL)
+        self.trainer.close()
         shutil.rmtree(self.run_dir, ignore_errors=True)
         atexit.unregister(self.close)
 
@@ -128,6 +132,7 @@ class OpenSearchServer:
 
     def _prepare(self) -> None:
         shutil.copytree(self.home / "config", self.run_dir / "config")
+        compile_bridge(self.run_dir / "native", list(java_homes()))
         for name in ("data", "logs", "tmp"):
             (self.run_dir / name).mkdir()
         lines = [f"{name}: {json.dumps(value)}\n" for name, value in self.settings().items()]
@@ -145,6 +150,7 @@ class OpenSearchServer:
             "network.host": "127.0.0.1",
             "path.data": str(self.run_dir / "data"),
             "path.logs": str(self.run_dir / "logs"),
+            **BRIDGE_SETTINGS,
             **self._settings,
         }
 
@@ -156,6 +162,7 @@ class OpenSearchServer:
             "io.netty.noUnsafe": "true",
             "io.netty.recycler.maxCapacityPerThread": 0,
             "java.awt.headless": "true",
+            "java.library.path": self.run_dir / "native",
             "java.io.tmpdir": self.run_dir / "tmp",
             "jna.nosys": "true",
             "jna.tmpdir": self.run_dir / "tmp",
@@ -172,7 +179,7 @@ class OpenSearchServer:
         return memory + native + [f"-D{name}={value}" for name, value in options.items()]
 
     def _environment(self) -> dict[str, str]:
-        return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8", "HOME": str(self.run_dir)}
+        return {"PATH": os.defpath, "HOME": str(self.run_dir), "KNN_BRIDGE_PORT": str(self.trainer.port)}
 
     def _launch(self, http: int, transport: int) -> None:
         command = [str(self._java / "bin" / "java"), *self._java_options(), "-cp", f"{self.home}/lib/*"]
@@ -237,7 +244,7 @@ def find_java(release: Release) -> Path:
     """The oldest JDK here that can run this release."""
     user = unprivileged_user()
     fitting = []
-    for home in _java_homes():
+    for home in java_homes():
         version = _java_version(home)
         fits = version >= release.oldest_java and version <= (release.newest_java or version)
         if fits and (user is None or _open_to_others(home / "bin" / "java")):
@@ -248,7 +255,7 @@ def find_java(release: Release) -> Path:
     return min(fitting)[1]
 
 
-def _java_homes() -> Iterator[Path]:
+def java_homes() -> Iterator[Path]:
     candidates = [Path(value) for name, value in os.environ.items() if name.startswith("JAVA_HOME") and value]
     on_path = shutil.which("java")
     if on_path:
@@ -326,13 +333,16 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "assemble":
         print(assemble(options.version, security=options.security))
         return
-    with closing(OpenSearchServer(options.version, port=options.port, heap=options.heap)) as server:
-        server.start()
-        print(f"OpenSearch {server.version} is at {server.url} (log: {server.log_path}). Ctrl-C stops it.", flush=True)
-        try:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with closing(OpenSearchServer(options.version, port=options.port, heap=options.heap)) as server:
+            server.start()
+            print(f"OpenSearch {server.version} is at {server.url}, its log is {server.log_path}", flush=True)
             signal.pause()
-        except KeyboardInterrupt:
-            pass
+    except Missing as missing:
+        raise SystemExit(str(missing)) from None
+    except KeyboardInterrupt:
+        pass
 
 
 if __name__ == "__main__":
