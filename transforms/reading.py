@@ -12,6 +12,7 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.pvalue import DoOutputsTuple, TaggedOutput
 
+from transforms import progress
 from transforms.errors import TrainingError
 from transforms.vectors import RejectedVector, VectorBlock, VectorSource
 
@@ -65,25 +66,32 @@ class _ReadSlice(beam.DoFn):
         self._block_rows = Metrics.distribution(METRICS, "block_rows")
 
     def process(self, part: Any) -> Iterator[Any]:
-        rejected: list[RejectedVector] = []
+        limit = BadVectorLimit(self._max_bad_vectors)
         # closing: a source may hold a search context or an open file, also when the runner drops this generator half way.
-        with closing(_as_generator(self._source.read(part, self._keep, self._rejecter(rejected)))) as blocks:
+        with closing(_as_generator(self._source.read(part, self._keep, limit.reject))) as blocks:
             for block in blocks:
                 self._vectors_read.inc(len(block))
+                progress.advance("read", len(block))
                 self._block_rows.update(len(block))
                 yield block
-        for bad in rejected:
+        self._vectors_rejected.inc(len(limit.rejected))
+        for bad in limit.rejected:
             yield TaggedOutput(REJECTED, bad)
         self._slices_done.inc()
+        progress.advance("slices", 1)
 
-    def _rejecter(self, rejected: list[RejectedVector]) -> Any:
-        def reject(bad: RejectedVector) -> None:
-            rejected.append(bad)
-            self._vectors_rejected.inc()
-            if len(rejected) > self._max_bad_vectors:
-                raise TrainingError(too_many_bad_vectors(len(rejected), self._max_bad_vectors, rejected[0]))
 
-        return reject
+class BadVectorLimit:
+    """Collects bad vectors; `reject` raises TrainingError at the first one over `allowed`."""
+
+    def __init__(self, allowed: int):
+        self._allowed = allowed
+        self.rejected: list[RejectedVector] = []
+
+    def reject(self, bad: RejectedVector) -> None:
+        self.rejected.append(bad)
+        if len(self.rejected) > self._allowed:
+            raise TrainingError(too_many_bad_vectors(len(self.rejected), self._allowed, self.rejected[0]))
 
 
 def too_many_bad_vectors(count: int, allowed: int, first: RejectedVector) -> str:

@@ -9,9 +9,29 @@ data using bottom-k sketches", PODC 2007).
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic
 
+import apache_beam as beam
 import numpy as np
+from apache_beam import coders
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics import Metrics
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.windowed_value import WindowedValue
+
+from transforms import spill
+from transforms.reading import METRICS, BadVectorLimit
+from transforms.spill import Spill, SpillWriter
+from transforms.vectors import S, VectorBlock, VectorSource
+
+_ALL = 2**64 - 1
+_LOG = logging.getLogger("knn_train")
+_SPILLED = Metrics.counter(METRICS, "vectors_spilled")
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -48,3 +68,226 @@ def keep_fraction(size: int, count: int, failure: float = 1e-9) -> float:
     log = -math.log(failure)
     expected = size + log + math.sqrt(log * log + 2 * log * size)
     return min(1.0, expected / count) if count else 1.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """References to sampled rows: those in `spills` whose priority is not above `threshold`.
+
+    Attributes:
+      size: how many rows were asked for.
+      spills: the files that hold them, in no particular order.
+      threshold: uint64; rows above it are known not to be among the `size` smallest.
+    """
+
+    size: int
+    spills: tuple[Spill, ...] = ()
+    threshold: int = _ALL
+
+    @property
+    def rows(self) -> int:
+        """Rows in the files: at least as many as `load` returns."""
+        return sum(part.rows for part in self.spills)
+
+    def load(self) -> np.ndarray:
+        """(min(size, rows seen), columns), in the order of the priorities; see `spill.load`."""
+        return spill.load(self.spills, self.size, self.threshold)
+
+
+class SampleCoder(coders.Coder):
+    """A small header and a line a file: a sample of any size is a few hundred bytes."""
+
+    _HEAD = struct.Struct("<BQQ")
+
+    def encode(self, sample: Sample) -> bytes:
+        rows = "\n".join(f"{s.rows}\t{s.columns}\t{s.dtype}\t{s.path}" for s in sample.spills)
+        return self._HEAD.pack(1, sample.size, sample.threshold) + rows.encode()
+
+    def decode(self, encoded: bytes) -> Sample:
+        version, size, threshold = self._HEAD.unpack_from(encoded)
+        if version != 1:
+            raise ValueError(f"Sample version {version}, expected 1")
+        spills = []
+        for line in encoded[self._HEAD.size :].decode().splitlines():
+            rows, cols, dtype, path = line.split("\t", 3)
+            spills.append(Spill(path, int(rows), int(cols), dtype))
+        return Sample(size, tuple(spills), threshold)
+
+    def is_deterministic(self) -> bool:
+        return True
+
+    def to_type_hint(self) -> Any:
+        return Sample
+
+
+coders.registry.register_coder(Sample, SampleCoder)
+
+
+class ReservoirFn(beam.CombineFn):
+    """Keeps references to the `size` smallest priorities.
+
+    The accumulator is a `Sample`: files and a threshold. Priorities stay in the files beside their rows and are read only when
+    more than twice `size` rows have gathered, so an accumulator has the same few hundred bytes for any `size`.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self._size = size
+
+    def get_accumulator_coder(self) -> coders.Coder:
+        return SampleCoder()
+
+    def create_accumulator(self) -> Sample:
+        return Sample(self._size)
+
+    def add_input(self, accumulator: Sample, part: Spill) -> Sample:
+        return self._merge((accumulator, Sample(self._size, (part,))))
+
+    def merge_accumulators(self, accumulators: Iterable[Sample]) -> Sample:
+        return self._merge(tuple(accumulators))
+
+    def compact(self, accumulator: Sample) -> Sample:
+        if accumulator.rows <= 2 * self._size:
+            return accumulator
+        threshold = spill.smallest(accumulator.spills, self._size, accumulator.threshold)
+        kept = tuple(part for part in accumulator.spills if part.priorities().min() <= np.uint64(threshold))
+        return Sample(self._size, kept, threshold)
+
+    def extract_output(self, accumulator: Sample) -> Sample:
+        return self.compact(accumulator)
+
+    def _merge(self, samples: Sequence[Sample]) -> Sample:
+        spills = tuple(part for sample in samples for part in sample.spills)
+        return Sample(self._size, spills, min((sample.threshold for sample in samples), default=_ALL))
+
+
+class _Spiller:
+    """Writes what can still be among the `size` smallest of what it was given to one pair of files."""
+
+    def __init__(self, folder: str, size: int):
+        self._writer = SpillWriter(folder)
+        self._cut = _Cut(size)
+
+    def add(self, block: VectorBlock) -> None:
+        keep = self._cut.keep(block.priorities)
+        self._writer.append(block.priorities[keep], block.vectors[keep])
+
+    def close(self) -> tuple[Spill, ...]:
+        written = self._writer.close()
+        return (written,) if written else ()
+
+
+class _SpillFn(beam.DoFn):
+    """Spills a bundle's blocks and emits the reference."""
+
+    def __init__(self, folder: str, size: int):
+        self._folder = folder
+        self._size = size
+
+    def start_bundle(self) -> None:
+        self._spiller = _Spiller(self._folder, self._size)
+
+    def process(self, block: VectorBlock) -> None:
+        self._spiller.add(block)
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        window = GlobalWindow()
+        for written in self._spiller.close():
+            _SPILLED.inc(written.rows)
+            yield WindowedValue(written, window.max_timestamp(), (window,))
+
+
+class _Cut:
+    """The priority above which a row cannot be among the `size` smallest seen so far."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._pending: list[np.ndarray] = []
+        self._rows = 0
+        self._threshold = np.uint64(_ALL)
+
+    def keep(self, priorities: np.ndarray) -> np.ndarray | slice:
+        """An index of the rows to keep."""
+        index: np.ndarray | slice = slice(None)
+        if self._threshold != _ALL:
+            index = priorities <= self._threshold
+            priorities = priorities[index]
+        self._pending.append(priorities)
+        self._rows += len(priorities)
+        if self._rows > 2 * self._size:
+            smallest = np.partition(np.concatenate(self._pending), self._size - 1)[: self._size]
+            self._threshold = smallest.max()
+            self._pending, self._rows = [smallest], self._size
+        return index
+
+
+@dataclass
+class SampleVectors(beam.PTransform, Generic[S]):
+    """PCollection[VectorBlock] -> PCollection[Sample] of exactly one element.
+
+    The sample is uniform without replacement and has exactly min(size, number of vectors) rows.
+
+    Attributes:
+      size: rows to keep.
+      folder: where spill files go; workers and the training step must share it. The caller removes it after the run.
+      thinned: the fraction of priorities that the reader passed on. If that turns out to leave fewer than `size` rows, `source` is
+        read again, four times as much of it at a time, until there are enough or all was read.
+      source: what was read; needed only where `thinned` is below 1.
+      max_bad_vectors: how many bad vectors reading on may meet.
+    """
+
+    size: int
+    folder: str
+    thinned: float = 1.0
+    source: VectorSource[S] | None = field(default=None, repr=False)
+    max_bad_vectors: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        if self.size < 1:
+            raise ValueError(f"sample size {self.size}, expected at least 1")
+        if self.thinned < 1 and self.source is None:
+            raise ValueError("thinned blocks need their source, to read on if too few are left")
+
+    def expand(self, blocks: beam.PCollection[VectorBlock]) -> beam.PCollection[Sample]:
+        spills = blocks | "Write spill files" >> beam.ParDo(_SpillFn(self.folder, self.size)).with_output_types(Spill)
+        # With defaults: no vectors at all must reach the refill and the trainer as an empty sample, not as silence. The side input
+        # that this costs carries a few hundred bytes.
+        sample = spills | "Keep smallest priorities" >> beam.CombineGlobally(ReservoirFn(self.size)).with_output_types(
+            Sample
+        )
+        if self.thinned < 1:
+            sample = sample | "Refill if short" >> beam.Map(
+                refill, self.source, self.folder, self.thinned, self.max_bad_vectors
+            ).with_output_types(Sample)
+        return sample
+
+    def display_data(self) -> dict[str, Any]:
+        return {"size": self.size, "thinned": self.thinned, "folder": self.folder}
+
+
+def refill(sample: Sample, source: VectorSource[S], folder: str, thinned: float, max_bad_vectors: int = 0) -> Sample:
+    """Reads more of `source` until `sample` has all its rows or everything was read.
+
+    Runs in one worker, one slice after another: `keep_fraction` makes the need for it rarer than 1e-9 unless the source counted
+    more vectors than it holds (nulls in a Parquet column), and what it reads is a small multiple of the sample.
+
+    Raises:
+      TrainingError: it met more than `max_bad_vectors` bad vectors.
+    """
+    while sample.rows < sample.size and thinned < 1:
+        thinned = min(1.0, 4 * thinned)
+        _LOG.info("The sample has %d of %d vectors: reading on, %.3g of all", sample.rows, sample.size, thinned)
+        spiller = _Spiller(folder, sample.size)
+        limit = BadVectorLimit(max_bad_vectors)
+        for part in source.slices():
+            for block in source.read(part, thinned, limit.reject):
+                spiller.add(block)
+        sample = Sample(sample.size, spiller.close())
+    return sample
+
+
+def remove_folder(folder: str) -> None:
+    """Removes a run's spill files; a folder that is not there is no error."""
+    if FileSystems.exists(folder):
+        FileSystems.delete([folder])

@@ -114,12 +114,14 @@ class SourceSummary:
       reader: how it is read, e.g. 'parquet' or 'script+cbor, point in time'.
       count: vectors (an upper bound where nulls are only seen on reading).
       row_bytes: bytes read from the source per vector, estimated.
+      documents: documents in the index, with or without a vector; None for sources that have no such thing.
     """
 
     name: str
     reader: str
     count: int
     row_bytes: float
+    documents: int | None = None
 
 
 S = TypeVar("S")

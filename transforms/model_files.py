@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models as files: `<model_dir>/<model_id>/model.faiss` is the raw blob, `model.json` what the Get Model API would say, with provenance.
+
+`model.json` says `training`, then `created` or `failed`. It is written last and whole, so whoever reads `created` finds a complete blob.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics import Metrics
+
+from transforms.errors import RequestError, TrainingError
+from transforms.model import CREATED, TRAINING, TrainedModel
+from transforms.reading import METRICS
+
+BLOB, DESCRIPTION, REJECTED = "model.faiss", "model.json", "rejected.jsonl"
+
+#: OpenSearch's limit for a document's `_id`, in UTF-8 bytes.
+MAX_ID_BYTES = 512
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The models in one folder on any Beam filesystem."""
+
+    model_dir: str
+
+    def path(self, model_id: str, name: str = "") -> str:
+        return FileSystems.join(self.model_dir, check_model_id(model_id), *([name] if name else []))
+
+    def claim(self, model_id: str, description: dict[str, Any], overwrite: bool = False) -> None:
+        """Makes the model exist, in the state that `description` gives.
+
+        With `overwrite`, a model that is there already stays as it is until `write` replaces it by a complete one.
+
+        Raises:
+          RequestError: the id is taken and `overwrite` is false, or the folder cannot be written.
+        """
+        folder = self.path(model_id)
+        try:
+            if overwrite and self._state(model_id) == CREATED:
+                return
+            if overwrite:
+                self._remove(model_id)
+            if _is_local(folder):
+                os.makedirs(folder)  # exclusive: of two runs with one id, one fails here
+            elif FileSystems.exists(self.path(model_id, DESCRIPTION)):
+                raise FileExistsError
+            self.describe(model_id, description)
+        except FileExistsError:
+            raise RequestError(f'Model with id="{model_id}" already exists in {self.model_dir}') from None
+        except (OSError, beam.io.filesystem.BeamIOError) as error:
+            raise RequestError(f"cannot write to model_dir {self.model_dir!r}: {error}") from error
+
+    def describe(self, model_id: str, description: dict[str, Any]) -> None:
+        """Replaces `model.json` in one step."""
+        _write_whole(self.path(model_id, DESCRIPTION), (json.dumps(description, indent=2) + "\n").encode())
+
+    def write(self, model: TrainedModel) -> None:
+        """Writes the blob, if there is one, and then says so. Doing it again changes nothing.
+
+        A failure does not replace a model that was created before.
+        """
+        before = self._state(model.model_id)
+        if model.blob is None and before == CREATED:
+            return
+        if model.blob is not None:
+            if before == CREATED:  # no reader may take the new blob for the one that the old description is about
+                self.describe(model.model_id, {**self.get(model.model_id), "state": TRAINING})
+            _write_whole(self.path(model.model_id, BLOB), model.blob)
+        self.describe(model.model_id, model.json())
+
+    def get(self, model_id: str) -> dict[str, Any]:
+        """The content of `model.json`. Raises RequestError if there is no such model."""
+        try:
+            return json.loads(_read(self.path(model_id, DESCRIPTION)))
+        except (OSError, beam.io.filesystem.BeamIOError):
+            raise RequestError(f'Model "{model_id}" does not exist in {self.model_dir}') from None
+
+    def blob(self, model_id: str) -> bytes:
+        """The blob of a `created` model, checked against its SHA-256. Raises RequestError or TrainingError."""
+        description = self.get(model_id)
+        if description["state"] != CREATED:
+            raise RequestError(f'Model "{model_id}" is in state {description["state"]}, not created')
+        blob = _read(self.path(model_id, BLOB))
+        wanted = description.get("provenance", {}).get("blob_sha256")
+        if wanted not in (None, hashlib.sha256(blob).hexdigest()):
+            raise TrainingError(
+                f"{self.path(model_id, BLOB)} does not have the SHA-256 that {DESCRIPTION} states: {wanted}"
+            )
+        return blob
+
+    def list(self) -> list[dict[str, Any]]:
+        """The descriptions of all models, by id."""
+        pattern = FileSystems.join(self.model_dir, "*", DESCRIPTION)
+        try:
+            found = FileSystems.match([pattern])[0].metadata_list
+        except beam.io.filesystem.BeamIOError:
+            return []
+        return sorted((json.loads(_read(entry.path)) for entry in found), key=lambda model: model["model_id"])
+
+    def delete(self, model_id: str) -> None:
+        """Removes a model; raises RequestError if there is none or if it is still in training."""
+        if self.get(model_id)["state"] == TRAINING:
+            raise RequestError(f"Cannot delete model [{model_id}]. Model is still in training")
+        self._remove(model_id)
+
+    def _state(self, model_id: str) -> str | None:
+        try:
+            return self.get(model_id)["state"]
+        except RequestError:
+            return None
+
+    def _remove(self, model_id: str) -> None:
+        folder = self.path(model_id)
+        if FileSystems.exists(folder):
+            FileSystems.delete([folder])
+
+
+@dataclass(frozen=True)
+class WrittenModel:
+    """Result of a write: where the model is and how it ended."""
+
+    model_id: str
+    path: str
+    state: str
+    error: str
+
+
+@dataclass
+class WriteToModelFiles(beam.PTransform):
+    """PCollection[TrainedModel] -> PCollection[WrittenModel].
+
+    The ids must have been claimed (`ModelFiles.claim`) by whoever starts the pipeline, so that a retried bundle, which writes the same
+    files again, is told apart from a second run with the same id.
+    """
+
+    model_dir: str
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def expand(self, models: beam.PCollection[TrainedModel]) -> beam.PCollection[WrittenModel]:
+        return models | "Write model files" >> beam.ParDo(_WriteFn(self.model_dir)).with_output_types(WrittenModel)
+
+    def display_data(self) -> dict[str, Any]:
+        return {"model_dir": self.model_dir}
+
+
+class _WriteFn(beam.DoFn):
+    def __init__(self, model_dir: str):
+        self._files = ModelFiles(model_dir)
+        self._written = Metrics.counter(METRICS, "models_written")
+
+    def process(self, model: TrainedModel) -> Iterator[WrittenModel]:
+        self._files.write(model)
+        self._written.inc()
+        yield WrittenModel(model.model_id, self._files.path(model.model_id), model.state, model.error)
+
+
+def check_model_id(model_id: str) -> str:
+    """`model_id` if it can name a document and a folder; RequestError otherwise."""
+    if not model_id or len(model_id.encode()) > MAX_ID_BYTES:
+        raise RequestError(f"model_id {model_id!r} has {len(model_id.encode())} bytes, expected 1 to {MAX_ID_BYTES}")
+    if model_id in (".", "..") or any(c in model_id for c in "/\\*?[") or not model_id.isprintable():
+        raise RequestError(
+            f"model_id {model_id!r} cannot name a folder: it is . or .., or has one of / \\ * ? [ or a control character"
+        )
+    return model_id
+
+
+def write_rejected(path: str, rows: Iterable[dict[str, str]]) -> None:
+    """Bad vectors, one JSON object a line."""
+    _write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _is_local(path: str) -> bool:
+    return "://" not in path
+
+
+def _read(path: str) -> bytes:
+    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+        return file.read()
+
+
+def _write_whole(path: str, data: bytes) -> None:
+    """Object stores show an object when it is complete; a local file is renamed into place."""
+    if not _is_local(path):
+        with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            file.write(data)
+        return
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spill files: where sampled vectors wait for the training step, so that only references to them travel through Beam.
+
+Any element of 2 GiB ends a portable runner, and a combine that carries vectors costs ten times the sample in memory. Rows are
+therefore written under the run's temporary folder as they are read; what travels is a `Spill` of a few dozen bytes.
+
+Nothing here imports Beam unless a path is remote: the training process starts in half a second because of it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+_READ_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Spill:
+    """A pair of files: `path`.vectors holds `rows` x `columns` values of `dtype`, `path`.priorities as many uint64."""
+
+    path: str
+    rows: int
+    columns: int
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        return self.columns * np.dtype(self.dtype).itemsize
+
+    def priorities(self) -> np.ndarray:
+        """(rows,) uint64."""
+        with open_file(self.path + ".priorities", "rb") as file:
+            data = file.read()
+        return np.frombuffer(data, "<u8", self.rows)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The vectors in order, as (n, columns) matrices of about 4 MB."""
+        step = max(1, _READ_BYTES // self.row_bytes)
+        with open_file(self.path + ".vectors", "rb") as file:
+            for start in range(0, self.rows, step):
+                count = min(step, self.rows - start)
+                data = file.read(count * self.row_bytes)
+                yield np.frombuffer(data, self.dtype, count * self.columns).reshape(count, self.columns)
+
+
+class SpillWriter:
+    """Appends rows to a new spill under `folder`. Names are new for each writer, so a retried bundle never writes over another."""
+
+    def __init__(self, folder: str):
+        self._path = f"{folder.rstrip('/')}/{uuid.uuid4().hex}"
+        self._file: BinaryIO | None = None
+        self._priorities: list[np.ndarray] = []
+        self._rows = 0
+        self._columns = 0
+        self._dtype = ""
+
+    def append(self, priorities: np.ndarray, vectors: np.ndarray) -> None:
+        """Adds (n,) uint64 priorities and their (n, columns) vectors."""
+        if not len(priorities):
+            return
+        if self._file is None:
+            self._columns, self._dtype = vectors.shape[1], vectors.dtype.str
+            self._file = open_file(self._path + ".vectors", "wb")
+        elif (vectors.shape[1], vectors.dtype.str) != (self._columns, self._dtype):
+            raise ValueError(
+                f"vectors of {vectors.shape[1]} {vectors.dtype.str} columns among vectors of {self._columns} {self._dtype}"
+            )
+        self._file.write(np.ascontiguousarray(vectors).data)
+        self._priorities.append(np.array(priorities, "<u8"))
+        self._rows += len(priorities)
+
+    def close(self) -> Spill | None:
+        """Finishes both files; None if no row was written."""
+        if self._file is None:
+            return None
+        self._file.close()
+        with open_file(self._path + ".priorities", "wb") as file:
+            file.write(np.concatenate(self._priorities).data)
+        return Spill(self._path, self._rows, self._columns, self._dtype)
+
+
+def smallest(spills: Sequence[Spill], size: int, below: int = 2**64 - 1) -> int:
+    """The `size`-th smallest priority among those not above `below`; `below` itself if there are no more than `size`."""
+    if sum(spill.rows for spill in spills) <= size:
+        return below
+    priorities = np.concatenate([_not_above(spill.priorities(), below) for spill in spills])
+    if len(priorities) <= size:
+        return below
+    return int(np.partition(priorities, size - 1)[size - 1])
+
+
+def load(spills: Sequence[Spill], size: int, below: int = 2**64 - 1) -> np.ndarray:
+    """The sample itself: the vectors with the `size` smallest priorities, in the order of their priorities.
+
+    One array is allocated and filled in place. Rows of equal priority are ordered by their bytes, so the result does not depend
+    on which file holds a row: rows that are equal in both are interchangeable.
+
+    Returns:
+      (min(size, rows), columns) array of the spills' dtype.
+    """
+    if not spills:
+        raise ValueError("no spill files")
+    below = smallest(spills, size, below)
+    chosen = [np.flatnonzero(spill.priorities() <= np.uint64(below)) for spill in spills]
+    priorities = np.concatenate([spill.priorities()[rows] for spill, rows in zip(spills, chosen, strict=True)])
+    order = np.argsort(priorities, kind="stable")
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    vectors = np.empty((len(order), spills[0].columns), spills[0].dtype)
+    offset = 0
+    for spill, rows in zip(spills, chosen, strict=True):
+        targets = rank[offset : offset + len(rows)]
+        offset += len(rows)
+        start = 0
+        for block in spill.blocks():
+            first, last = np.searchsorted(rows, (start, start + len(block)))
+            vectors[targets[first:last]] = block[rows[first:last] - start]
+            start += len(block)
+    _order_ties(priorities[order], vectors)
+    return vectors[:size]
+
+
+def _not_above(priorities: np.ndarray, below: int) -> np.ndarray:
+    return priorities if below == 2**64 - 1 else priorities[priorities <= np.uint64(below)]
+
+
+def _order_ties(priorities: np.ndarray, vectors: np.ndarray) -> None:
+    same = np.flatnonzero(priorities[1:] == priorities[:-1])
+    for first in same:
+        if first and priorities[first - 1] == priorities[first]:
+            continue  # inside a group that was ordered from its first row
+        last = int(np.searchsorted(priorities, priorities[first], "right"))
+        group = vectors[first:last]
+        group[:] = group[sorted(range(len(group)), key=lambda row: group[row].tobytes())]
+
+
+def open_file(path: str, mode: str) -> BinaryIO:
+    """Opens a local path, or any path that Beam's FileSystems know, for reading ('rb') or writing ('wb')."""
+    if "://" not in path:
+        return open(path, mode)  # type: ignore[return-value]
+    from apache_beam.io.filesystems import CompressionTypes, FileSystems
+
+    opener = FileSystems.open if mode == "rb" else FileSystems.create
+    return opener(path, compression_type=CompressionTypes.UNCOMPRESSED)

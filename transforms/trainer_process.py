@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training in a process of its own.
+
+faiss can abort and the kernel can kill a process that asks for too much memory. Neither may take a Beam worker with it, nor leave the
+user without a reason, so the worker starts `python -m transforms.trainer_process JOB`, listens to its progress and reads its result.
+The child imports no Beam unless the sample lies on a remote filesystem.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transforms import spill
+from transforms.errors import TrainingError
+from transforms.request import TrainingRequest
+from transforms.spill import Spill
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What the child is told.
+
+    Attributes:
+      body: the request, as the Train API takes it.
+      target_version: the rules that the request was read by.
+      spills, threshold: the sample; see `sampling.Sample`.
+      size: rows to train on, those with the smallest priorities.
+      held_out: rows to set aside after them, never trained on.
+      threads: OpenMP threads.
+    """
+
+    body: dict[str, Any]
+    target_version: str
+    spills: Sequence[Spill]
+    threshold: int
+    size: int
+    held_out: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What it answers: the blob, the vectors it was trained on, seconds by stage, and the child's peak memory in bytes."""
+
+    blob: bytes
+    vectors: int
+    held_out: int
+    seconds: dict[str, float]
+    peak_memory: int
+
+
+#: Running children of this process.
+_children: set[subprocess.Popen[str]] = set()
+
+
+def kill_children() -> None:
+    """Ends all trainings of this process; their callers get a TrainingError."""
+    for child in list(_children):
+        child.kill()
+
+
+def train_in_process(job: TrainingJob, progress: Progress) -> TrainingResult:
+    """Runs `job` in a child process.
+
+    Raises:
+      TrainingError: the training failed, or the child died; the message says of what.
+    """
+    beside = os.path.dirname(job.spills[0].path) if job.spills and "://" not in job.spills[0].path else None
+    with tempfile.TemporaryDirectory(prefix="trainer-", dir=beside) as folder:
+        Path(folder, "job.json").write_text(json.dumps(asdict(job)))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        child = subprocess.Popen(
+            [sys.executable, "-m", "transforms.trainer_process", folder],
+            stdin=subprocess.PIPE,  # the child ends when its end of this pipe does: it never outlives the worker
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        errors: list[str] = []
+        listener = threading.Thread(target=lambda: errors.extend(child.stderr or ()), daemon=True)
+        listener.start()
+        _children.add(child)
+        try:
+            for line in child.stdout or ():
+                stage, done, total = json.loads(line)
+                progress(stage, done, total)
+            code = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+            _children.discard(child)
+        listener.join(1)
+        answer = Path(folder, "result.json")
+        if code == 0 and answer.exists():
+            result = json.loads(answer.read_text())
+            if "error" in result:
+                raise TrainingError(result["error"])
+            return TrainingResult(blob=Path(folder, "model.faiss").read_bytes(), **result)
+        raise TrainingError(f"the training process {_cause_of_death(code, errors)}")
+
+
+def _cause_of_death(code: int, errors: Sequence[str]) -> str:
+    last = next((line.strip() for line in reversed(errors) if line.strip()), "it wrote nothing")
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL): most likely the machine ran out of memory; the plan states how much is needed"
+    if code < 0:
+        return f"died of {signal.Signals(-code).name}; its last words: {last}"
+    return f"ended with code {code}; its last words: {last}"
+
+
+def run(job: TrainingJob, progress: Progress) -> tuple[bytes, dict[str, Any]]:
+    """Trains in this process: loads the sample, trains, checks. Returns the blob and the other fields of `TrainingResult`."""
+    from transforms import faiss_training
+
+    request = TrainingRequest.from_fields(job.body, target_version=job.target_version, require_index=False)
+    seconds = {}
+
+    start = time.monotonic()
+    rows = sum(part.rows for part in job.spills)
+    if not rows:
+        raise TrainingError("there are no vectors to train on")
+    progress("load sample", 0, 1)
+    vectors = spill.load(job.spills, job.size + job.held_out, job.threshold)
+    training, held_out = vectors[: job.size], vectors[job.size :]
+    request.check_count(len(training))
+    progress("load sample", 1, 1)
+    seconds["load"] = time.monotonic() - start
+
+    start = time.monotonic()
+    blob = faiss_training.train(training, request, job.threads, progress)
+    seconds["train"] = time.monotonic() - start
+
+    start = time.monotonic()
+    faiss_training.check(blob, request, held_out[:16] if len(held_out) else training[:16])
+    seconds["check"] = time.monotonic() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return blob, {"vectors": len(training), "held_out": len(held_out), "seconds": seconds, "peak_memory": peak}
+
+
+def main(folder: str) -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    fields = json.loads(Path(folder, "job.json").read_text())
+    fields["spills"] = [Spill(**part) for part in fields["spills"]]
+    try:
+        blob, result = run(TrainingJob(**fields), _tell)
+        Path(folder, "model.faiss").write_bytes(blob)
+    except (TrainingError, ValueError, MemoryError, OSError) as error:
+        reason = "not enough memory" if isinstance(error, MemoryError) else str(error)
+        result = {"error": reason}
+    Path(folder, "result.json").write_text(json.dumps(result))
+
+
+def _tell(stage: str, done: int, total: int) -> None:
+    print(json.dumps([stage, done, total]), flush=True)
+
+
+def _die_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
