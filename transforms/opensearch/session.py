@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Session`: requests to a cluster with retries, raw response bodies, and errors of one clear line.
+
+opensearch-py knows how to connect (TLS, authentication, signing, several hosts) but decodes every body as UTF-8 text, which a CBOR
+page is not, so a small connection class hands the bytes through.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlencode
+
+import cbor2
+import opensearchpy
+import urllib3
+
+from transforms.errors import RequestError, TrainingError
+from transforms.opensearch.connection import OpenSearchConnection
+
+JSON = "application/json"
+CBOR = "application/cbor"
+
+#: Tries of one request, about half a minute of waiting in all: a node restarts in less.
+ATTEMPTS = 8
+#: On the launcher a wrong address should not take long to report.
+LAUNCHER_ATTEMPTS = 3
+
+_RETRIED = frozenset({408, 429, 502, 503, 504})
+_FIRST_WAIT_S = 0.25
+_LONGEST_WAIT_S = 16.0
+
+
+class ServerError(Exception):
+    """A response that is not a success.
+
+    Attributes:
+      status: HTTP status.
+      type: the server's name for the error, e.g. `index_not_found_exception`; empty when it gave none.
+      reason: one line, the server's words.
+      body: the parsed response, or the beginning of its text.
+    """
+
+    body: Any
+
+    def __init__(self, status: int, body: bytes, retry_after: str | None = None):
+        self.status = status
+        self.retry_after = retry_after
+        self.body = _parsed(body)
+        self.type, self.reason = _innermost(self.body)
+        super().__init__(f"{status} {self.type}: {self.reason}")
+
+
+class PartialResult(Exception):
+    """A search that did not answer for every shard, which would silently lose vectors."""
+
+
+@dataclass
+class RequestStats:
+    """What a session has done so far; `request_msec` has one entry, milliseconds, for each successful request."""
+
+    requests: int = 0
+    retried: int = 0
+    bytes_received: int = 0
+    request_msec: list[int] = field(default_factory=list)
+
+
+class Session:
+    """An open connection, for one thread at a time.
+
+    Args:
+      connection: its secrets are looked up here.
+      attempts: tries of one request before giving up.
+
+    Raises:
+      RequestError: a secret or certificate file is missing, here or for every request below: the cluster refuses the credentials
+        or the request.
+      TrainingError: the cluster cannot be reached or fails, after all tries.
+    """
+
+    def __init__(self, connection: OpenSearchConnection, attempts: int = ATTEMPTS):
+        self.stats = RequestStats()
+        self._connection = connection
+        self._attempts = attempts
+        self._cancelled = threading.Event()
+        try:
+            self._client = opensearchpy.OpenSearch(
+                connection_class=_BytesConnection, serializers={CBOR: _Bytes(), JSON: _Bytes()}, **connection.client_arguments()
+            )
+        except (ssl.SSLError, OSError, ValueError) as error:
+            raise RequestError(f"the certificates for {connection.url} cannot be loaded: {error}") from None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._client.close()
+
+    def cancel(self) -> None:
+        """From now on, a request that fails is not sent again. For another thread to call."""
+        self._cancelled.set()
+
+    def json(self, method: str, path: str, params: Mapping[str, Any] | None = None, body: Any = None) -> Any:
+        """The parsed JSON response of a request; arguments and errors as `send`."""
+        return json.loads(self.send(method, path, params, body) or b"null")
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, Any] | None = None,
+        body: Any = None,
+        accept: str = JSON,
+        check: Any = None,
+        attempts: int | None = None,
+    ) -> Any:
+        """Sends a request until it succeeds.
+
+        Args:
+          method: HTTP method.
+          path: quoted path, e.g. `/my-index/_search`.
+          params: query parameters.
+          body: JSON value.
+          accept: media type of the response wanted.
+          check: called with the body of a success; returns what to return. PartialResult or ValueError from it (a page that is cut
+            short or does not parse) makes the request be sent again.
+          attempts: tries, instead of the session's.
+
+        Returns:
+          bytes, or what `check` returns.
+
+        Raises:
+          ServerError: the response was an error that trying again does not mend; `explain` says it to users.
+          TrainingError: no success in `attempts` tries.
+          RequestError: TLS does not trust the server.
+        """
+        attempts = attempts or self._attempts
+        for attempt in range(1, attempts + 1):
+            started = time.monotonic()
+            retry_after = None
+            try:
+                data = self._client.transport.perform_request(
+                    method, path, params=dict(params or {}), body=body, headers={"accept": accept}
+                )
+            except ServerError as error:
+                if error.status not in _RETRIED:
+                    raise
+                problem, retry_after = f"answers {error}", error.retry_after
+            except opensearchpy.SSLError as error:
+                raise RequestError(self._tls_problem(error)) from None
+            except opensearchpy.ConnectionError as error:
+                problem = f"cannot be reached: {_connection_problem(error)}"
+            else:
+                self.stats.requests += 1
+                self.stats.bytes_received += len(data)
+                self.stats.request_msec.append(round((time.monotonic() - started) * 1000))
+                try:
+                    return data if check is None else check(data)
+                except (PartialResult, ValueError) as error:
+                    problem = f"sent an unusable answer: {error}"
+            if attempt == attempts or self._cancelled.is_set():
+                break
+            self.stats.retried += 1
+            self._cancelled.wait(_wait_s(attempt, retry_after))
+        raise TrainingError(f"OpenSearch at {self._connection.url} {problem} ({attempt} tries)")
+
+    def explain(self, error: ServerError) -> RequestError | TrainingError:
+        """The error for users: what was refused and what to do about it, without secrets."""
+        at = f"OpenSearch at {self._connection.url}"
+        if error.status == 401:
+            return RequestError(f"{at} does not accept the credentials (401): check the user, the password or the token")
+        if error.status == 403:
+            missing = re.search(r"no permissions for \[([^\]]*)\]", error.reason)
+            what = f"the user lacks the permission {missing[1]}" if missing else error.reason
+            return RequestError(f"{at} refuses (403): {what}")
+        kind = RequestError if error.status < 500 else TrainingError
+        return kind(f"{at} answers {error.status}: {error.reason}")
+
+    def _tls_problem(self, error: Exception) -> str:
+        text = str(error)
+        url = self._connection.url
+        if "expired" in text:
+            return f"the certificate of {url} has expired"
+        if "Hostname mismatch" in text or "IP address mismatch" in text or "doesn't match" in text:
+            return f"the certificate of {url} is for another host name"
+        if "CERTIFICATE_VERIFY_FAILED" in text:
+            return f"the certificate of {url} is not signed by a known authority: give its CA file (ca_certs, OPENSEARCH_CA_CERTS)"
+        if "WRONG_VERSION_NUMBER" in text or "record layer failure" in text:
+            return f"{url} does not speak TLS: is it http:// ?"
+        if "CERTIFICATE_REQUIRED" in text:
+            return f"{url} asks for a client certificate (client_cert, OPENSEARCH_CLIENT_CERT)"
+        return f"no TLS connection to {url}: {_last_line(text)}"
+
+
+class _BytesConnection(opensearchpy.Urllib3HttpConnection):
+    """Hands response bodies on untouched and keeps request bodies out of the logs."""
+
+    def perform_request(  # type: ignore[override]
+        self,
+        method: str,
+        url: str,
+        params: Mapping[str, Any] | None = None,
+        body: bytes | None = None,
+        timeout: float | None = None,
+        ignore: Any = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[int, Any, bytes]:
+        if self.pool is None:
+            self._create_urllib3_pool()
+        path = self.url_prefix + url + (f"?{urlencode(params)}" if params else "")
+        sent = {**self.headers, **(headers or {})}
+        if self.http_compress and body:
+            body = self._gzip_compress(body)
+            sent["content-encoding"] = "gzip"
+        if callable(self.http_auth):
+            sent.update(self.http_auth(method, self.host + path, body))
+        try:
+            response = self.pool.urlopen(  # type: ignore[union-attr]
+                method, path, body=body, headers=sent, retries=False, timeout=timeout or self.timeout
+            )
+        except urllib3.exceptions.SSLError as error:
+            raise opensearchpy.SSLError("N/A", str(error), error) from None
+        except urllib3.exceptions.TimeoutError as error:
+            raise opensearchpy.ConnectionTimeout("TIMEOUT", str(error), error) from None
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise opensearchpy.ConnectionError("N/A", str(error), error) from None
+        if not 200 <= response.status < 300:
+            raise ServerError(response.status, response.data, response.headers.get("retry-after"))
+        return response.status, response.headers, response.data
+
+
+class _Bytes(opensearchpy.serializer.JSONSerializer):
+    """Requests are JSON, responses stay bytes."""
+
+    def loads(self, data: Any) -> Any:
+        return data
+
+
+def check_shards(found: Mapping[str, Any]) -> None:
+    """Raises PartialResult unless every shard answered this search in full."""
+    shards = found.get("_shards", {})
+    if shards.get("failed"):
+        failure = (shards.get("failures") or [{}])[0].get("reason", {})
+        raise PartialResult(f"{shards['failed']} of {shards.get('total')} shards failed: {failure.get('reason') or failure}")
+    if found.get("timed_out"):
+        raise PartialResult("the search timed out")
+
+
+def _parsed(body: bytes) -> Any:
+    """An error's body: JSON, CBOR when that was asked for, or a proxy's page."""
+    try:
+        return json.loads(body)
+    except ValueError:
+        pass
+    try:
+        found = cbor2.loads(body)
+    except (cbor2.CBORDecodeError, EOFError, ValueError):
+        found = None
+    return found if isinstance(found, dict) else body[:500].decode("utf-8", "replace")
+
+
+def _innermost(body: Any) -> tuple[str, str]:
+    """Type and reason of the cause that says most."""
+    error = body.get("error", body) if isinstance(body, dict) else body
+    if not isinstance(error, dict):
+        return "", _last_line(str(error or body))
+    causes = [error, *(error.get("root_cause") or [])]
+    for failed in (error.get("failed_shards") or [])[:1]:
+        causes.append(failed.get("reason", {}))
+    while isinstance(causes[-1].get("caused_by"), dict):
+        causes.append(causes[-1]["caused_by"])
+    last = next((cause for cause in reversed(causes) if cause.get("reason")), error)
+    return str(last.get("type", "")), _last_line(str(last.get("reason", "")))
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
+
+
+def _connection_problem(error: opensearchpy.ConnectionError) -> str:
+    cause = error.info
+    if isinstance(error, opensearchpy.ConnectionTimeout):
+        return "no answer in time"
+    text = str(cause)
+    for known in ("Connection refused", "Name or service not known", "Temporary failure in name resolution", "No route to host"):
+        if known in text:
+            return known[0].lower() + known[1:]
+    if isinstance(cause, urllib3.exceptions.ProtocolError):
+        return "the connection was cut (is it https:// ?)" if "without response" in text else "the connection was cut"
+    return _last_line(text)
+
+
+def _wait_s(attempt: int, retry_after: str | None) -> float:
+    """Seconds before the next try: exponential with jitter, so that workers do not come back together."""
+    wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (attempt - 1)) * random.uniform(0.75, 1.25)
+    if retry_after and retry_after.strip().isdigit():
+        wait = max(wait, min(60.0, float(retry_after)))
+    return wait
