@@ -6,11 +6,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import TypeVar
 
 import pytest
 
 from tests.opensearch_home import Missing
+from tests.opensearch_security import SecureOpenSearchServer
 from tests.opensearch_server import OpenSearchServer
+
+Server = TypeVar("Server", bound=OpenSearchServer)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +34,13 @@ def opensearch(request: pytest.FixtureRequest) -> OpenSearchServer:
     return server
 
 
-def _served(make: Callable[[], OpenSearchServer]) -> Iterator[OpenSearchServer]:
+@pytest.fixture(scope="session")
+def opensearch_secure() -> Iterator[SecureOpenSearchServer]:
+    """2.19.1 with TLS and users; for 3.x the security plugin is not published."""
+    yield from _served(SecureOpenSearchServer)
+
+
+def _served(make: Callable[[], Server]) -> Iterator[Server]:
     try:
         server = make()
     except Missing as missing:

@@ -125,7 +125,7 @@ def train_as_the_plugin(kind: str, dimension: int, parameters: dict[str, Any], v
             binary.make_direct_map()
         if not binary.is_trained:
             binary.train(vectors)
-        return faiss.serialize_index_binary(binary).tobytes()
+        return bytes(faiss.serialize_index_binary(binary))
     metric = faiss.METRIC_L2 if parameters["spaceType"] in ("l2", "hamming") else faiss.METRIC_INNER_PRODUCT
     index = faiss.index_factory(dimension, description, metric)
     index.metric_type = metric
@@ -134,7 +134,7 @@ def train_as_the_plugin(kind: str, dimension: int, parameters: dict[str, Any], v
     _set_parameters(index, parameters.get("parameters", {}))
     if not index.is_trained:
         _train(index, vectors.astype(np.float32))
-    return faiss.serialize_index(index).tobytes()
+    return bytes(faiss.serialize_index(index))
 
 
 def _set_parameters(index: faiss.Index, parameters: dict[str, Any]) -> None:

@@ -135,12 +135,16 @@ class OpenSearchServer:
         compile_bridge(self.run_dir / "native", list(java_homes()))
         for name in ("data", "logs", "tmp"):
             (self.run_dir / name).mkdir()
+        self._configure()
         lines = [f"{name}: {json.dumps(value)}\n" for name, value in self.settings().items()]
         (self.run_dir / "config" / "opensearch.yml").write_text("".join(lines))
         self.log_path.touch()
         if self._user:
             for path in (self.run_dir, *self.run_dir.rglob("*")):
                 shutil.chown(path, *self._user)
+
+    def _configure(self) -> None:
+        """Writes what else belongs into the node's configuration folder."""
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -214,12 +218,16 @@ class OpenSearchServer:
         raise TimeoutError(f"OpenSearch {self.version} is not up after {START_TIMEOUT:.0f} s:\n{self.log_tail()}")
 
     def _is_healthy(self, url: str) -> bool:
-        request = f"{url}/_cluster/health?wait_for_status=yellow&timeout=5s"
+        query = f"{url}/_cluster/health?wait_for_status=yellow&timeout=5s"
+        request = urllib.request.Request(query, headers=self._health_headers())
         try:
             with urllib.request.urlopen(request, timeout=10, context=self._tls()) as response:
                 return not json.load(response)["timed_out"]
         except (OSError, urllib.error.URLError):
             return False
+
+    def _health_headers(self) -> dict[str, str]:
+        return {}
 
     def _tls(self) -> ssl.SSLContext | None:
         return None
@@ -333,11 +341,16 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "assemble":
         print(assemble(options.version, security=options.security))
         return
+    from tests.opensearch_security import SecureOpenSearchServer  # it builds on this module
+
+    kind = SecureOpenSearchServer if options.security else OpenSearchServer
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with closing(OpenSearchServer(options.version, port=options.port, heap=options.heap)) as server:
+        with closing(kind(options.version, port=options.port, heap=options.heap)) as server:
             server.start()
             print(f"OpenSearch {server.version} is at {server.url}, its log is {server.log_path}", flush=True)
+            if isinstance(server, SecureOpenSearchServer):
+                print(f"Certificates are in {server.certificates}. Users and passwords: {server.users}", flush=True)
             signal.pause()
     except Missing as missing:
         raise SystemExit(str(missing)) from None

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from opensearchpy import OpenSearch, helpers
+from opensearchpy import AuthenticationException, AuthorizationException, OpenSearch, SSLError, helpers
 
+from tests.opensearch_security import MODEL_INDEX, SecureOpenSearchServer
 from tests.opensearch_server import OpenSearchServer
 
 DIMENSION, VECTORS = 16, 1200  # 2.19 refuses to train with fewer than 1000 documents
@@ -188,3 +189,77 @@ def test_names_the_reason_when_it_does_not_start() -> None:
         assert server.pid is None
     finally:
         server.close()
+
+
+def may_open_a_pit(client: OpenSearch, index: str) -> bool:
+    try:
+        pit = client.create_pit(index=index, params={"keep_alive": "1m"})["pit_id"]
+    except AuthorizationException:
+        return False
+    client.delete_pit(body={"pit_id": [pit]})
+    return True
+
+
+def may_search(client: OpenSearch, index: str) -> bool:
+    try:
+        scroll = client.search(index=index, params={"scroll": "1m"})["_scroll_id"]
+        client.clear_scroll(scroll_id=scroll)
+    except AuthorizationException:
+        return False
+    return True
+
+
+def test_users_may_do_what_their_roles_say(opensearch_secure: SecureOpenSearchServer) -> None:
+    trainer = opensearch_secure.client("trainer")
+    index = "knn-train-rights"
+    trainer.indices.create(index=index)
+    trainer.bulk(index=index, body=[{"index": {}}, {"colour": "green"}], params={"refresh": "true"})
+    clients = {user: opensearch_secure.client(user) for user in opensearch_secure.users}
+    try:
+        rights = {user: (may_search(client, index), may_open_a_pit(client, index)) for user, client in clients.items()}
+    finally:
+        trainer.indices.delete(index=index)
+    assert rights == {
+        "admin": (True, True),
+        "trainer": (True, True),
+        "reader_nopit": (True, False),
+        "nobody_user": (False, False),
+    }
+    with pytest.raises(AuthorizationException):
+        trainer.indices.create(index="another-name")
+
+
+def test_only_the_admin_certificate_writes_to_the_model_index(opensearch_secure: SecureOpenSearchServer) -> None:
+    with pytest.raises(AuthorizationException):
+        opensearch_secure.client("admin").index(index=MODEL_INDEX, id="by-hand", body={})
+    holder = opensearch_secure.admin_client()
+    assert holder.index(index=MODEL_INDEX, id="by-hand", body={})["result"] == "created"
+    holder.indices.delete(index=MODEL_INDEX)  # so that the plugin makes its own when it needs one
+
+
+def test_an_ordinary_user_may_train(opensearch_secure: SecureOpenSearchServer) -> None:
+    client = opensearch_secure.client("trainer")
+    index = "knn-train-few"
+    mapping = {"properties": {"float": {"type": "knn_vector", "dimension": DIMENSION}}}
+    client.indices.create(index=index, body={"mappings": mapping})
+    try:
+        rows = ({"_index": index, "float": [float(i)] * DIMENSION} for i in range(1000))
+        helpers.bulk(client, rows, refresh=True)
+        start_training(client, "few", index, "float", ivf())
+        assert outcome(client, "few")["state"] == "created"
+        client.transport.perform_request("DELETE", "/_plugins/_knn/models/few")
+    finally:
+        client.indices.delete(index=index)
+
+
+def test_certificates_are_what_their_names_say(opensearch_secure: SecureOpenSearchServer) -> None:
+    server = opensearch_secure
+    own = server.client(user=None, client_cert=server.client_cert, client_key=server.client_key)
+    assert own.transport.perform_request("GET", "/_plugins/_security/authinfo")["user_name"] == "trainer"
+    with pytest.raises(AuthenticationException):
+        server.client(user=None).info()
+    with pytest.raises(SSLError, match="certificate verify failed"):
+        server.client(ca_certs=server.other_ca, max_retries=0).info()
+    expired = {"client_cert": server.expired_client_cert, "client_key": server.expired_client_key}
+    with pytest.raises(SSLError, match="certificate unknown"):
+        server.client(user=None, max_retries=0, **expired).info()
