@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a request and a sample to the bytes of a trained faiss index, as the k-NN plugin itself would have stored them.
 
-Knows no Beam and does no I/O. The steps are those of `TrainIndex` in the plugin's `jni/src/faiss_wrapper.cpp`; the results are those of
-`faiss.Index.train`, bit for bit. What is done differently, none of it visible in a search:
+Knows no Beam and does no I/O. The steps are those of `TrainIndex` in the plugin's `jni/src/faiss_wrapper.cpp`; the
+results are those of `faiss.Index.train`, bit for bit. What is done differently, none of it visible in a search:
 
-* no polysemous permutation of the PQ codewords: nothing in OpenSearch uses it and it is over 95 % of the plugin's training time;
+* no polysemous permutation of the PQ codewords: nothing in OpenSearch uses it and it is over 95 % of the plugin's
+  training time;
 * the sub-quantizers of a PQ train side by side, one thread each, instead of one after another with all threads;
 * cosine vectors are normalised before training, as the plugin does when it indexes and searches but not when it trains.
 """
@@ -37,7 +38,8 @@ def train(vectors: np.ndarray, request: TrainingRequest, threads: int, progress:
     """Trains the index that `request` describes.
 
     Args:
-      vectors: (n, columns) float32, int8 (data_type byte) or packed uint8 (binary). Normalised in place for cosinesimil.
+      vectors: (n, columns) float32, int8 (data_type byte) or packed uint8 (binary). Normalised in place for
+        cosinesimil.
       request: a validated request.
       threads: OpenMP threads. Results are the same for any number on one machine with the same faiss build.
       progress: hears of k-means iterations and finished sub-quantizers.
@@ -89,7 +91,7 @@ def new_index(request: TrainingRequest) -> faiss.Index | faiss.IndexBinary:
 
 
 def prepare(vectors: np.ndarray, request: TrainingRequest) -> np.ndarray:
-    """`vectors` as the float32 matrix that a float index trains on or is searched with; normalised in place for cosinesimil."""
+    """`vectors` as float32, to train a float index or search it with; normalised in place for cosinesimil."""
     matrix = np.ascontiguousarray(vectors, np.float32)
     if request.normalize:
         faiss.normalize_L2(matrix)
@@ -161,11 +163,11 @@ def _properties(index: faiss.Index, wanted: faiss.Index, request: TrainingReques
 
 
 def estimate_memory(request: TrainingRequest, count: int) -> int:
-    """Bytes that training on `count` vectors needs at its peak, the sample's own array included; measured within a fifth.
+    """Bytes that training on `count` vectors needs at its peak, the sample's own array included.
 
-    The terms: the sample; for IVF the clustering's subset if the sample is larger than 256 nlist, an assignment of 12 bytes a
-    vector, centroids three times and two distance blocks of 16 MB; for PQ the subset, its residuals and a slice of them a
-    sub-quantizer; the blob and its copy. Binary indexes cluster 4-byte floats, one a bit.
+    The terms: the sample; for IVF the clustering's subset if the sample is larger than 256 nlist, an assignment of 12
+    bytes a vector, centroids three times and two distance blocks of 16 MB; for PQ the subset, its residuals and a
+    slice of them a sub-quantizer; the blob and its copy. Binary indexes cluster 4-byte floats, one a bit.
     """
     dimension = request.trained_dimension
     sample = count * (dimension // 8 if request.data_type == "binary" else 4 * request.dimension)
@@ -245,7 +247,8 @@ def _cluster(clustering: faiss.Clustering, vectors: np.ndarray, index: faiss.Ind
     def watch() -> None:
         seen = -1
         while not finished.wait(0.1):
-            # faiss may be growing the vector this very moment; only its length is looked at, and held to what is possible.
+            # faiss may be growing the vector this very moment; only its length is looked at, and held to what is
+            # possible.
             done = min(clustering.iteration_stats.size(), total)
             if done != seen:
                 progress("k-means", done, total)

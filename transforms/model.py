@@ -58,8 +58,8 @@ class TrainedModel:
 def metadata(request: TrainingRequest, state: str, error: str = "") -> dict[str, Any]:
     """The Get Model API's fields for a model of `request`.
 
-    `mode` and `compression_level` are there only where the plugin would store them. Commas are taken out of `error`: one would make
-    the plugin's comma-separated registration string unreadable.
+    `mode` and `compression_level` are there only where the plugin would store them. Commas are taken out of `error`:
+    one would make the plugin's comma-separated registration string unreadable.
     """
     fields: dict[str, Any] = {
         "state": state,

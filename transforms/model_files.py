@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models as files: `<model_dir>/<model_id>/model.faiss` is the raw blob, `model.json` what the Get Model API would say, with provenance.
+"""Models as files: `<model_dir>/<model_id>/model.faiss` is the raw blob, `model.json` what the Get Model API would
+say, with provenance.
 
-`model.json` says `training`, then `created` or `failed`. It is written last and whole, so whoever reads `created` finds a complete blob.
+`model.json` says `training`, then `created` or `failed`. It is written last and whole, so whoever reads `created`
+finds a complete blob.
 """
 
 from __future__ import annotations
@@ -140,8 +142,8 @@ class WrittenModel:
 class WriteToModelFiles(beam.PTransform):
     """PCollection[TrainedModel] -> PCollection[WrittenModel].
 
-    The ids must have been claimed (`ModelFiles.claim`) by whoever starts the pipeline, so that a retried bundle, which writes the same
-    files again, is told apart from a second run with the same id.
+    The ids must have been claimed (`ModelFiles.claim`) by whoever starts the pipeline, so that a retried bundle,
+    which writes the same files again, is told apart from a second run with the same id.
     """
 
     model_dir: str
@@ -173,7 +175,7 @@ def check_model_id(model_id: str) -> str:
         raise RequestError(f"model_id {model_id!r} has {len(model_id.encode())} bytes, expected 1 to {MAX_ID_BYTES}")
     if model_id in (".", "..") or any(c in model_id for c in "/\\*?[") or not model_id.isprintable():
         raise RequestError(
-            f"model_id {model_id!r} cannot name a folder: it is . or .., or has one of / \\ * ? [ or a control character"
+            f"model_id {model_id!r} cannot name a folder: it is . or .. or has one of / \\ * ? [ or a control character"
         )
     return model_id
 

@@ -35,7 +35,7 @@ _WITHOUT_VECTOR = Metrics.counter(METRICS, "documents_without_vector")
 
 @dataclass(frozen=True)
 class ParquetSlice:
-    """Row groups `first` to `last` (exclusive) of one file; `row` is the number of the first row of the first of them."""
+    """Row groups `first` to `last` (exclusive) of one file; `row` is the number of their first row."""
 
     path: str
     first: int
@@ -47,13 +47,13 @@ class ParquetSlice:
 class ParquetVectors:
     """The vectors in one column of the Parquet files that match a pattern; see `VectorSource`.
 
-    A row's priority depends on the seed, on its file's path below the pattern's part without wildcards, and on its row number: a
-    copy of the export elsewhere gives the same sample.
+    A row's priority depends on the seed, on its file's path below the pattern's part without wildcards, and on its
+    row number: a copy of the export elsewhere gives the same sample.
 
     Attributes:
       pattern: a path or glob on any Beam filesystem.
-      column: name of the column, with dots for the fields of structs. List, large list and fixed-size list columns of any float or
-        integer type are read.
+      column: name of the column, with dots for the fields of structs. List, large list and fixed-size list columns of
+        any float or integer type are read.
       dimension: of the vectors; binary vectors are lists of dimension / 8 bytes, as OpenSearch takes them.
       data_type: float, byte or binary.
       seed: of the sample.
@@ -193,8 +193,8 @@ class ParquetVectors:
 class ReadVectorsFromParquet(beam.PTransform):
     """`p | ReadVectorsFromParquet('exports/*.parquet', 'embedding', 768)` -> PCollection[VectorBlock].
 
-    Args are those of `ParquetVectors`. Raises RequestError when applied if no file matches or a file's column does not fit;
-    a vector of the wrong length, with a null element or with NaN or infinity ends the run.
+    Args are those of `ParquetVectors`. Raises RequestError when applied if no file matches or a file's column does
+    not fit; a vector of the wrong length, with a null element or with NaN or infinity ends the run.
     """
 
     pattern: str

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the steps say how far they are, and where they are told to stop.
 
-On remote workers progress goes to the log; a program that runs the steps in its own process may listen, and may cancel them: each of
-them speaks up every few megabytes or iterations, and finds out then.
+On remote workers progress goes to the log; a program that runs the steps in its own process may listen, and may
+cancel them: each of them speaks up every few megabytes or iterations, and finds out then.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `binary` encoder's bits: what the k-NN plugin turns float vectors into before faiss sees them.
 
-Formulas: `QuantizerHelper.calculateThresholds` and `BitPacker.quantizeAndPackBits` of the plugin. The plugin takes the thresholds of each
-page of training vectors from that page; here they come from the whole sample. A segment's thresholds are its own in any case, and the
-random rotation that a segment may apply is not applied to training vectors, here or there.
+Formulas: `QuantizerHelper.calculateThresholds` and `BitPacker.quantizeAndPackBits` of the plugin. The plugin takes
+  the thresholds of each page of training vectors from that page; here they come from the whole sample. A segment's
+  thresholds are its own in any case, and the random rotation that a segment may apply is not applied to training
+  vectors, here or there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _ROWS = 4096
 
 
 def thresholds(vectors: np.ndarray, bits: int) -> np.ndarray:
-    """(bits, d) float32: the mean plus (-1 + 2 (b + 1) / (bits + 1)) standard deviations of each dimension of (n, d) `vectors`.
+    """(bits, d) float32: mean + (-1 + 2 (b + 1) / (bits + 1)) * standard deviation of each column of (n, d) `vectors`.
 
     One bit is cut at the mean: its coefficient is zero.
     """
@@ -29,7 +30,7 @@ def thresholds(vectors: np.ndarray, bits: int) -> np.ndarray:
 
 
 def pack(vectors: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """(n, ceil(bits d / 8)) uint8: for each bit and then each dimension a 1 where the vector is above the limit, first bit highest.
+    """(n, ceil(bits d / 8)) uint8: a 1 for each bit and then each dimension above its limit, the first bit highest.
 
     Args:
       vectors: (n, d) float32.

@@ -31,8 +31,8 @@ class ReadVectors(beam.PTransform):
     Attributes:
       source: contacted once, when the transform is applied, to plan the slices.
       keep: passes on only vectors with a priority below `keep` * 2**64.
-      max_bad_vectors: a slice with more bad vectors than this ends the run with TrainingError. The sum over all slices is
-        the caller's to check, from the rejected output.
+      max_bad_vectors: a slice with more bad vectors than this ends the run with TrainingError. The sum over all slices
+        is the caller's to check, from the rejected output.
     """
 
     source: VectorSource
@@ -67,7 +67,7 @@ class _ReadSlice(beam.DoFn):
 
     def process(self, part: Any) -> Iterator[Any]:
         limit = BadVectorLimit(self._max_bad_vectors)
-        # closing: a source may hold a search context or an open file, also when the runner drops this generator half way.
+        # closing: a source holds a search context or an open file, also when the runner drops this generator half way.
         with closing(_as_generator(self._source.read(part, self._keep, limit.reject))) as blocks:
             for block in blocks:
                 self._vectors_read.inc(len(block))

@@ -2,8 +2,8 @@
 """How vectors are sampled: each has a pseudo-random priority, and the `size` smallest priorities are the sample.
 
 Bottom-k by a hash priority is a reservoir whose result does not depend on the order of arrival: it is uniform without
-replacement, the same for a seed over runners, slicings, bundles and retries, and it merges (Cohen and Kaplan, "Summarizing
-data using bottom-k sketches", PODC 2007).
+replacement, the same for a seed over runners, slicings, bundles and retries, and it merges (Cohen and Kaplan,
+"Summarizing data using bottom-k sketches", PODC 2007).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def priority(key: int, rows: np.ndarray) -> np.ndarray:
       rows: (n,) integers that identify rows inside the stream.
 
     Returns:
-      (n,) uint64, uniform over the 64-bit range and distinct for distinct rows: the finalizer of SplitMix64 (Steele, Lea and
-      Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) is a bijection.
+      (n,) uint64, uniform over the 64-bit range and distinct for distinct rows: the finalizer of SplitMix64 (Steele,
+      Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) is a bijection.
     """
     with np.errstate(over="ignore"):
         z = np.uint64(key) + (rows.astype(np.uint64) + np.uint64(1)) * _GOLDEN
@@ -126,8 +126,9 @@ coders.registry.register_coder(Sample, SampleCoder)
 class ReservoirFn(beam.CombineFn):
     """Keeps references to the `size` smallest priorities.
 
-    The accumulator is a `Sample`: files and a threshold. Priorities stay in the files beside their rows and are read only when
-    more than twice `size` rows have gathered, so an accumulator has the same few hundred bytes for any `size`.
+    The accumulator is a `Sample`: files and a threshold. Priorities stay in the files beside their rows and are read
+    only when more than twice `size` rows have gathered, so an accumulator has the same few hundred bytes for any
+    `size`.
     """
 
     def __init__(self, size: int):
@@ -230,8 +231,8 @@ class SampleVectors(beam.PTransform, Generic[S]):
     Attributes:
       size: rows to keep.
       folder: where spill files go; workers and the training step must share it. The caller removes it after the run.
-      thinned: the fraction of priorities that the reader passed on. If that turns out to leave fewer than `size` rows, `source` is
-        read again, four times as much of it at a time, until there are enough or all was read.
+      thinned: the fraction of priorities that the reader passed on. If that turns out to leave fewer than `size`
+        rows, `source` is read again, four times as much of it at a time, until there are enough or all was read.
       source: what was read; needed only where `thinned` is below 1.
       max_bad_vectors: how many bad vectors reading on may meet.
     """
@@ -251,8 +252,8 @@ class SampleVectors(beam.PTransform, Generic[S]):
 
     def expand(self, blocks: beam.PCollection[VectorBlock]) -> beam.PCollection[Sample]:
         spills = blocks | "Write spill files" >> beam.ParDo(_SpillFn(self.folder, self.size)).with_output_types(Spill)
-        # With defaults: no vectors at all must reach the refill and the trainer as an empty sample, not as silence. The side input
-        # that this costs carries a few hundred bytes.
+        # With defaults: no vectors at all must reach the refill and the trainer as an empty sample, not as silence.
+        # The side input that this costs carries a few hundred bytes.
         sample = spills | "Keep smallest priorities" >> beam.CombineGlobally(ReservoirFn(self.size)).with_output_types(
             Sample
         )
@@ -269,8 +270,9 @@ class SampleVectors(beam.PTransform, Generic[S]):
 def refill(sample: Sample, source: VectorSource[S], folder: str, thinned: float, max_bad_vectors: int = 0) -> Sample:
     """Reads more of `source` until `sample` has all its rows or everything was read.
 
-    Runs in one worker, one slice after another: `keep_fraction` makes the need for it rarer than 1e-9 unless the source counted
-    more vectors than it holds (nulls in a Parquet column), and what it reads is a small multiple of the sample.
+    Runs in one worker, one slice after another: `keep_fraction` makes the need for it rarer than 1e-9 unless the
+    source counted more vectors than it holds (nulls in a Parquet column), and what it reads is a small multiple of
+    the sample.
 
     Raises:
       TrainingError: it met more than `max_bad_vectors` bad vectors.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spill files: where sampled vectors wait for the training step, so that only references to them travel through Beam.
 
-Any element of 2 GiB ends a portable runner, and a combine that carries vectors costs ten times the sample in memory. Rows are
-therefore written under the run's temporary folder as they are read; what travels is a `Spill` of a few dozen bytes.
+Any element of 2 GiB ends a portable runner, and a combine that carries vectors costs ten times the sample in memory.
+Rows are therefore written under the run's temporary folder as they are read; what travels is a `Spill` of a few dozen
+bytes.
 
 Nothing here imports Beam unless a path is remote: the training process starts in half a second because of it.
 """
@@ -49,7 +50,7 @@ class Spill:
 
 
 class SpillWriter:
-    """Appends rows to a new spill under `folder`. Names are new for each writer, so a retried bundle never writes over another."""
+    """Appends rows to a new spill under `folder`. Each writer has a new name: a retried bundle writes over no other."""
 
     def __init__(self, folder: str):
         self._path = f"{folder.rstrip('/')}/{uuid.uuid4().hex}"
@@ -68,7 +69,8 @@ class SpillWriter:
             self._file = open_file(self._path + ".vectors", "wb")
         elif (vectors.shape[1], vectors.dtype.str) != (self._columns, self._dtype):
             raise ValueError(
-                f"vectors of {vectors.shape[1]} {vectors.dtype.str} columns among vectors of {self._columns} {self._dtype}"
+                f"vectors with {vectors.shape[1]} columns of {vectors.dtype.str} "
+                f"among vectors with {self._columns} columns of {self._dtype}"
             )
         self._file.write(np.ascontiguousarray(vectors).data)
         self._priorities.append(np.array(priorities, "<u8"))
@@ -85,7 +87,7 @@ class SpillWriter:
 
 
 def smallest(spills: Sequence[Spill], size: int, below: int = 2**64 - 1) -> int:
-    """The `size`-th smallest priority among those not above `below`; `below` itself if there are no more than `size`."""
+    """The `size`-th smallest of the priorities not above `below`; `below` if there are no more than `size`."""
     if sum(spill.rows for spill in spills) <= size:
         return below
     priorities = np.concatenate([_not_above(spill.priorities(), below) for spill in spills])
@@ -97,8 +99,8 @@ def smallest(spills: Sequence[Spill], size: int, below: int = 2**64 - 1) -> int:
 def load(spills: Sequence[Spill], size: int, below: int = 2**64 - 1) -> np.ndarray:
     """The sample itself: the vectors with the `size` smallest priorities, in the order of their priorities.
 
-    One array is allocated and filled in place. Rows of equal priority are ordered by their bytes, so the result does not depend
-    on which file holds a row: rows that are equal in both are interchangeable.
+    One array is allocated and filled in place. Rows of equal priority are ordered by their bytes, so the result does
+    not depend on which file holds a row: rows that are equal in both are interchangeable.
 
     Returns:
       (min(size, rows), columns) array of the spills' dtype.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training in a process of its own.
 
-faiss can abort and the kernel can kill a process that asks for too much memory. Neither may take a Beam worker with it, nor leave the
-user without a reason, so the worker starts `python -m transforms.trainer_process JOB`, listens to its progress and reads its result.
-The child imports no Beam unless the sample lies on a remote filesystem.
+faiss can abort and the kernel can kill a process that asks for too much memory. Neither may take a Beam worker with
+it, nor leave the user without a reason, so the worker starts `python -m transforms.trainer_process JOB`, listens to
+its progress and reads its result. The child imports no Beam unless the sample lies on a remote filesystem.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What it answers: the blob, the vectors it was trained on, seconds by stage, and the child's peak memory in bytes."""
+    """What it answers: the blob, how many vectors it saw, seconds by stage, and the child's peak memory in bytes."""
 
     blob: bytes
     vectors: int
@@ -124,7 +124,7 @@ def _cause_of_death(code: int, errors: Sequence[str]) -> str:
 
 
 def run(job: TrainingJob, progress: Progress) -> tuple[bytes, dict[str, Any]]:
-    """Trains in this process: loads the sample, trains, checks. Returns the blob and the other fields of `TrainingResult`."""
+    """Loads the sample, trains and checks, in this process. Returns the blob and the rest of a `TrainingResult`."""
     from transforms import faiss_training
 
     request = TrainingRequest.from_fields(job.body, target_version=job.target_version, require_index=False)

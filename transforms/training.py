@@ -26,13 +26,14 @@ from transforms.trainer_process import TrainingJob, train_in_process
 class TrainModel(beam.PTransform):
     """PCollection[Sample] -> PCollection[TrainedModel], one model for each sample.
 
-    A training that fails gives a model in state `failed` with the reason, not an exception: it would fail again on each of the
-    runner's retries.
+    A training that fails gives a model in state `failed` with the reason, not an exception: it would fail again on
+    each of the runner's retries.
 
     Attributes:
       request: what to train.
       model_id: of the model.
-      held_out: how many rows of the sample are set aside, never trained on; the sample must have been asked for that many more.
+      held_out: how many rows of the sample are set aside, never trained on; the sample must have been asked for that
+        many more.
       threads: training threads; 0 for the cores of the worker.
       provenance: facts about the source and the run to keep with the model. No secrets.
     """

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`VectorBlock`, the one element type that carries vectors, its coder, and what a source of vectors must offer.
 
-A block is a matrix, never a list of rows: 10 000 x 128 floats cost 2 ms to encode and decode as one matrix and 118 ms as Python lists.
+A block is a matrix, never a list of rows: 10 000 x 128 floats cost 2 ms to encode and decode as one matrix and 118 ms
+as Python lists.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from apache_beam import coders
 MAX_BLOCK_BYTES = 4_000_000
 
 #: What the plugin's `data_type` is in numpy: binary vectors travel packed, 8 dimensions a byte.
-NUMPY_TYPES = {"float": np.dtype("<f4"), "byte": np.dtype("i1"), "binary": np.dtype("u1")}
+NUMPY_TYPES: dict[str, np.dtype] = {"float": np.dtype("<f4"), "byte": np.dtype("i1"), "binary": np.dtype("u1")}
 
 _WIRE_TYPES = tuple(NUMPY_TYPES.values())
 _HEADER = struct.Struct("<BBIQ")  # version, index into _WIRE_TYPES, columns, rows
@@ -98,7 +99,7 @@ coders.registry.register_coder(VectorBlock, VectorBlockCoder)
 
 @dataclass(frozen=True)
 class RejectedVector:
-    """A vector that cannot be used: where it is and why, e.g. ('part-3.parquet', 'row 17', 'length 96, expected 128')."""
+    """A vector that cannot be used: where and why, e.g. ('part-3.parquet', 'row 17', 'length 96, expected 128')."""
 
     source: str
     row: str
