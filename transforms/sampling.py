@@ -19,7 +19,6 @@ from typing import Any, Generic
 import apache_beam as beam
 import numpy as np
 from apache_beam import coders
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
@@ -287,9 +286,3 @@ def refill(sample: Sample, source: VectorSource[S], folder: str, thinned: float,
                 spiller.add(block)
         sample = Sample(sample.size, spiller.close())
     return sample
-
-
-def remove_folder(folder: str) -> None:
-    """Removes a run's spill files; a folder that is not there is no error."""
-    if FileSystems.exists(folder):
-        FileSystems.delete([folder])

@@ -170,7 +170,7 @@ def _tell(stage: str, done: int, total: int) -> None:
 
 
 def _die_with_parent() -> None:
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not through sys.stdin, whose lock this thread would still hold when the interpreter ends
     os._exit(1)
 
 

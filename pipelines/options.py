@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TrainOptions`: the flags of `knn-train`. The API's fields keep their names."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
+
+from transforms.errors import RequestError
+from transforms.request import NEWEST_TARGET
+
+#: Fields of the Train API's body that are flags too.
+BODY_FIELDS = (
+    "training_index",
+    "training_field",
+    "dimension",
+    "max_training_vector_count",
+    "search_size",
+    "description",
+    "method",
+    "space_type",
+    "data_type",
+    "mode",
+    "compression_level",
+    "engine",
+)
+
+
+class TrainOptions(PipelineOptions):
+    """Options of one training run. Secrets have no flag: they come from `OPENSEARCH_*` variables or files."""
+
+    @classmethod
+    def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
+        request = parser.add_argument_group("the request, as the Train Model API takes it").add_argument
+        request("--request", metavar="FILE", help="JSON file with the body; flags override its fields")
+        request("--model_id", help="id of the new model; random if absent")
+        request("--preference", help="data node that trains, where the cluster trains")
+        request("--node_id", help="another name for --preference")
+        request("--training_index", help="index, alias, wildcard or data stream to read vectors from")
+        request("--training_field", help="field, or Parquet column, that holds the vectors")
+        request("--dimension", type=_json("dimension"), help="dimension of the vectors")
+        request("--max_training_vector_count", type=_json("max_training_vector_count"), help="most vectors to train on")
+        request("--search_size", type=_json("search_size"), help="most vectors in a page from OpenSearch, 1 to 10000")
+        request("--description", help="text to keep with the model; no commas")
+        request("--method", type=_json("method"), metavar="JSON", help="the method object")
+        request("--space_type", help="l2, innerproduct, cosinesimil or hamming")
+        request("--data_type", help="float, byte or binary")
+        request("--mode", help="in_memory or on_disk")
+        request("--compression_level", help="1x, 2x, 8x, 16x or 32x")
+        request("--engine", help="faiss")
+        request("--target_version", default=NEWEST_TARGET, help="OpenSearch that will serve it (default %(default)s)")
+
+        source = parser.add_argument_group("where the vectors come from").add_argument
+        source("--parquet", metavar="GLOB", help="Parquet files on any Beam filesystem")
+        source("--vector_column", help="column of the Parquet files (default: training_field)")
+        source("--opensearch_url", metavar="URL", help="cluster to read from (default: $OPENSEARCH_URL)")
+        source("--query", type=_json("query"), metavar="JSON", help="train on the documents that match it")
+        source(
+            "--reader",
+            choices=("auto", "docvalues", "script", "source"),
+            default="auto",
+            help="how OpenSearch is asked for vectors (default: the fastest way that it answers correctly)",
+        )
+        source("--slices", type=int, default=0, help="parts of an index to read independently (default: by its size)")
+        source("--max_bad_vectors", type=int, default=0, help="bad vectors to pass over and list (default 0)")
+
+        run = parser.add_argument_group("sample, training and result").add_argument
+        run("--model_dir", metavar="FOLDER", help="folder for model files, on any Beam filesystem")
+        run("--overwrite", action="store_true", help="replace the files of a model with the same id")
+        run("--seed", type=int, default=0, help="of the sample (default 0)")
+        run("--use_all_vectors", action="store_true", help="train on more vectors than faiss looks at")
+        run("--training_threads", type=int, default=0, help="threads to train with (default: all cores)")
+        run("--allow_large_model", action="store_true", help="train a model that clusters cannot read by default")
+
+
+def parse(argv: Sequence[str]) -> tuple[TrainOptions, bool]:
+    """The options and whether `--dry_run` was given.
+
+    Beam has a `--dry_run` of its own that takes a value and means something else, so ours is taken out first.
+
+    Raises:
+      RequestError: a flag is unknown or a value does not fit; it names the flag and the nearest one.
+    """
+    rest = [word for word in argv if word != "--dry_run"]
+    ours = _Parser(allow_abbrev=False, add_help=False)
+    TrainOptions._add_argparse_args(ours)
+    _, others = ours.parse_known_args(rest)
+    _refuse_unknown(others, ours)
+    return TrainOptions(rest), len(rest) < len(argv)
+
+
+def print_help() -> None:
+    """The flags of `knn-train`, without Beam's."""
+    parser = argparse.ArgumentParser(
+        "knn-train",
+        allow_abbrev=False,
+        description="Train a model for OpenSearch's k-NN plugin outside the cluster.",
+        epilog="Beam's own options, such as --runner and --temp_location, are accepted too.",
+    )
+    TrainOptions._add_argparse_args(parser)
+    parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan and write nothing")
+    parser.print_help()
+
+
+def body(options: TrainOptions, text: str | None) -> str:
+    """The Train API body: the JSON `text` of --request, with the flags that were given in place of its fields.
+
+    Returns:
+      JSON text; without a flag it is `text` itself, so that a duplicated key in it is still seen.
+    """
+    given = {name: getattr(options, name) for name in BODY_FIELDS if getattr(options, name) is not None}
+    if text is None:
+        return json.dumps(given)
+    if not given:
+        return text
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        return text  # the request's own parser says what is wrong with it
+    return json.dumps({**fields, **given}) if isinstance(fields, dict) else text
+
+
+class _Parser(_BeamArgumentParser):
+    def error(self, message: str) -> Any:
+        raise RequestError(message)
+
+
+def _json(name: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{name} is {text!r}, which is not JSON: {error}") from None
+
+    return read
+
+
+def _refuse_unknown(words: Sequence[str], ours: argparse.ArgumentParser) -> None:
+    if not words:
+        return
+    beams = _Parser(allow_abbrev=False, add_help=False)
+    for options in {str(kind): kind for kind in PipelineOptions.__subclasses__()}.values():
+        if options is not TrainOptions:
+            options._add_argparse_args(beams)
+    _, unknown = beams.parse_known_args(list(words))
+    if not unknown:
+        return
+    flag = unknown[0].partition("=")[0]
+    known = [name for parser in (ours, beams) for action in parser._actions for name in action.option_strings]
+    nearest = difflib.get_close_matches(flag, known, 1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else "; see --help"
+    raise RequestError(f"unknown flag {flag}{hint}" if flag.startswith("-") else f"unexpected argument {flag!r}")
