@@ -127,7 +127,9 @@ def run(job: TrainingJob, progress: Progress) -> tuple[bytes, dict[str, Any]]:
     """Loads the sample, trains and checks, in this process. Returns the blob and the rest of a `TrainingResult`."""
     from transforms import faiss_training
 
-    request = TrainingRequest.from_fields(job.body, target_version=job.target_version, require_index=False)
+    request = TrainingRequest.from_fields(
+        job.body, target_version=job.target_version, require_index=False, require_field=False
+    )
     seconds = {}
 
     start = time.monotonic()

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`knn-train` on Parquet against a bare pyarrow + numpy + faiss script on the same rows.
+
+    python -m tests.benchmarks.bench_parquet [--rows 1000000] [--nlist 1024] [--pairs 3]
+
+Prints wall time and peak memory of each, their ratios, and whether the models have the same SHA-256.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from tests.benchmarks.measure import Measured, measure
+from tests.demo import write_parquet
+
+DIMENSION, M, FILE_ROWS = 128, 16, 250_000
+HERE = Path(__file__).parent
+
+
+def make_data(folder: Path, rows: int) -> str:
+    """Clustered vectors (2 000 centres, standard deviation 0.5): uniform ones make any IVF look uselessly bad."""
+    folder.mkdir(parents=True, exist_ok=True)
+    centres = np.random.default_rng(42).standard_normal((2_000, DIMENSION), np.float32)
+    for number in range(rows // FILE_ROWS):
+        path = folder / f"part-{number:03}.parquet"
+        if not path.exists():
+            rng = np.random.default_rng(number)
+            noise = 0.5 * rng.standard_normal((FILE_ROWS, DIMENSION), np.float32)
+            write_parquet(path, centres[rng.integers(0, len(centres), FILE_ROWS)] + noise)
+    return f"{folder}/part-*.parquet"
+
+
+def ours(pattern: str, nlist: int, folder: str, number: int) -> tuple[Measured, dict]:
+    method = {"name": "ivf", "engine": "faiss", "parameters": {"nlist": nlist}}
+    method["parameters"]["encoder"] = {"name": "pq", "parameters": {"m": M, "code_size": 8}}  # type: ignore[index]
+    fields = ["--dimension", str(DIMENSION), "--method", json.dumps(method), "--vector_column", "vector"]
+    where = ["--parquet", pattern, "--model_dir", folder, "--model_id", f"run-{number}"]
+    measured = measure([sys.executable, "-m", "pipelines.train", *fields, *where])
+    return measured, json.loads(Path(folder, f"run-{number}", "model.json").read_text())["provenance"]
+
+
+def bare(pattern: str, nlist: int, size: int) -> Measured:
+    factory = f"IVF{nlist},PQ{M}x8np"
+    return measure([sys.executable, str(HERE / "bare_script.py"), pattern, str(size), factory])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--nlist", type=int, default=1024)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--data", type=Path, default=Path(".data/bench"))
+    given = parser.parse_args()
+    pattern = make_data(given.data / str(given.rows), given.rows)
+    size = min(given.rows, 256 * max(given.nlist, 256))
+    walls, over, peaks, same, trainings = [], [], [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(given.pairs):
+            theirs = bare(pattern, given.nlist, size)
+            mine, told = ours(pattern, given.nlist, folder, number)
+            same.append(told["blob_sha256"] in theirs.output)
+            walls.append(mine.seconds / theirs.seconds)
+            over.append(mine.seconds - 1.15 * theirs.seconds)
+            peaks.append(mine.peak_bytes / theirs.peak_bytes)
+            trainings.append(told["seconds"]["train"])
+            found = re.search(r"read .*? s, train .*? s", theirs.output)
+            print(f"bare {theirs.seconds:6.2f} s {theirs.peak_bytes / 1e6:6.0f} MB  ({found and found.group()})")
+            print(
+                f"ours {mine.seconds:6.2f} s {mine.peak_bytes / 1e6:6.0f} MB  (train {trainings[-1]:.2f} s)", flush=True
+            )
+            print(f"     {(mine.peak_bytes - 1.15 * theirs.peak_bytes) / 1e6:+.0f} MB against 1.15 x bare")
+    print(
+        f"{given.rows:,} x {DIMENSION}, nlist {given.nlist}, PQ {M}, sample {size:,}: median of {given.pairs} pairs: "
+        f"wall {statistics.median(walls):.3f} x bare ({statistics.median(over):+.2f} s against 1.15 x bare), "
+        f"peak memory {statistics.median(peaks):.3f} x bare, training {statistics.median(trainings):.2f} s, "
+        f"same SHA-256: {all(same)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
