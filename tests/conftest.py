@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures that several tests share. The servers start when a test first asks for one and live as long as the session."""
+"""Fixtures that several tests share. A server starts when a test first asks for it and lives as long as the session."""
 
 from __future__ import annotations
 

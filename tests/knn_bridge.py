@@ -100,7 +100,7 @@ class BridgeTrainer:
             # OpenMP keeps this number for the calling thread alone.
             faiss.omp_set_num_threads(int(parameters.get("indexThreadQty", 1)))
             blob = train_as_the_plugin(kind, dimension, parameters, vectors)
-        except Exception as problem:  # noqa: BLE001 - whatever it is, it belongs into the model's state
+        except Exception as problem:  # whatever it is, it belongs into the model's state
             error = str(problem)
         training = BridgeTraining(kind, dimension, parameters, vectors, blob, error)
         self.trainings.append(training)

@@ -25,7 +25,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,7 @@ class OpenSearchServer:
                 user=user,
                 group=group,
                 extra_groups=[] if user is not None else None,
-                preexec_fn=_die_with_parent(),  # noqa: PLW1509 - it only makes system calls
+                preexec_fn=_die_with_parent(),  # only makes system calls
             )
 
     def _wait_until_healthy(self, port: int) -> None:
@@ -237,10 +237,8 @@ class OpenSearchServer:
         if process is None:
             return
         for number in (how, signal.SIGKILL):
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
-            except ProcessLookupError:
-                pass
             try:
                 process.wait(30)
                 return
@@ -333,11 +331,13 @@ def main(arguments: list[str] | None = None) -> None:
     for name, summary in (("assemble", "fetch the parts and lay them out"), ("start", "run until Ctrl-C")):
         command = commands.add_parser(name, help=summary)
         command.add_argument("version", choices=list(RELEASES))
-        command.add_argument("--security", action="store_true", help="with the security plugin (2.19.1)")
+        command.add_argument("--security", action="store_true", help="with TLS and users (2.19.1 only)")
         if name == "start":
             command.add_argument("--port", type=int, default=9200)
             command.add_argument("--heap", default="1g")
     options = parser.parse_args(arguments)
+    if options.security and not RELEASES[options.version].security_plugin:
+        parser.error(f"the security plugin is not published for {options.version}")
     if options.command == "assemble":
         print(assemble(options.version, security=options.security))
         return

@@ -34,7 +34,8 @@ def test_keeps_address_and_documents_over_a_restart(opensearch_3: OpenSearchServ
     client.index(index="kept", id="1", body={"colour": "green"}, refresh=True)
     try:
         opensearch_3.restart()
-        assert opensearch_3.url == url and opensearch_3.pid != pid
+        assert opensearch_3.url == url
+        assert opensearch_3.pid != pid
         assert client.get(index="kept", id="1")["_source"] == {"colour": "green"}
     finally:
         client.indices.delete(index="kept")
@@ -45,7 +46,8 @@ def test_dies_with_the_process_that_started_it(opensearch_3: OpenSearchServer) -
     command = [sys.executable, "-m", "tests.opensearch_server", "start", opensearch_3.version, "--port", "0"]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
     try:
-        assert parent.stdout is not None and opensearch_3.version in parent.stdout.readline()
+        assert parent.stdout is not None
+        assert opensearch_3.version in parent.stdout.readline()
         (node,) = psutil.Process(parent.pid).children()
         run_dir = Path(node.cwd())
         parent.kill()
