@@ -3,7 +3,7 @@
 
 Mirrors the k-NN plugin's `KNNMethodContext`, `FaissMethodResolver`, `FaissIVFMethod`, `FaissHNSWMethod` and the faiss
 encoders, for the training case only. Messages are the plugin's own words. Rules that changed between versions take a
-`version`, a `(major, minor, patch)` tuple; `transforms.request.VERSION_RULES` lists them.
+`version`, a `(major, minor, patch)` tuple; `transforms.versions.VERSION_RULES` lists them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transforms.errors import RequestError
-
-Version = tuple[int, int, int]
+from transforms.versions import Version
 
 UNDEFINED = "undefined"
 ENGINES = ("nmslib", "faiss", "lucene", UNDEFINED)
@@ -215,8 +214,7 @@ class Component:
         """True when `encoder` satisfies this component (`MethodComponent.validate` finds nothing)."""
         known = self.known(context.version)
         return not self.data_type_errors(context) and all(
-            name in known and not known[name].errors(name, value, context)
-            for name, value in encoder.parameters.items()
+            name in known and not known[name].errors(name, value, context) for name, value in encoder.parameters.items()
         )
 
     def with_defaults(self, parameters: Mapping[str, Any], version: Version) -> dict[str, Any]:
@@ -301,7 +299,8 @@ def encoders(method_name: str) -> dict[str, Component]:
 def resolve(user: UserMethod | None, context: Context) -> tuple[Method, str | None]:
     """Fills in what the request left open (`FaissMethodResolver.resolveMethod`, training case).
 
-    Returns the method and the compression level the document stores (None: the plugin cannot tell). Raises RequestError.
+    Returns the method and the compression level the document stores; None where the plugin cannot tell it.
+    Raises RequestError.
     """
     level = context.compression_level
     conflicts = []
@@ -419,7 +418,9 @@ def _check_sq(encoder: Encoder, context: Context) -> None:
     }
     for name, reason in only_fp16.items():
         if bits != 16 and name in encoder.parameters:
-            raise validation_failed([f"Parameter [{name}] is not supported when [bits={bits}] for encoder [sq]. {reason}"])
+            raise validation_failed(
+                [f"Parameter [{name}] is not supported when [bits={bits}] for encoder [sq]. {reason}"]
+            )
     expected = "32x" if bits == 1 else "2x"
     if context.compression_level not in (None, expected):
         message = (
@@ -486,5 +487,3 @@ def early_m_errors(method: Method, context: Context) -> list[str]:
     if (2, 19, 0) <= context.version < (3, 0, 0) and _leaves_rest(context.dimension, method.parameters.get("m")):
         return [PQ_M_MESSAGE]
     return []
-
-

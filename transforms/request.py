@@ -1,57 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`TrainingRequest`: the body of the k-NN plugin's Train Model API, parsed, checked and resolved.
+"""`TrainingRequest`: what to train, as the k-NN plugin's Train Model API says it.
 
-The rules and the messages are the plugin's (`RestTrainModelHandler`, `TrainingModelRequest`,
-`TrainingJobRouterTransportAction`); what it makes of `method` is in `transforms.method`. Where the plugin answers 500
-(a null or a list where it expects a value) the request is refused with a message of ours. Nothing here does I/O, so
-checks that need a mapping or a cluster state are not made here.
+Reading and checking the body is in `transforms.request_body`, what the cluster makes of `method` in
+`transforms.method`. Nothing here does I/O, so checks that need a mapping or a cluster state are not made here.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transforms import method as methods
 from transforms.errors import RequestError
-from transforms.method import INT_MAX, UNDEFINED, Context, Encoder, Method, UserMethod, Version, validation_failed
+from transforms.method import INT_MAX, Encoder, Method, validation_failed
+from transforms.request_body import (
+    MAX_SEARCH_SIZE,
+    Fields,
+    check_model_id,
+    check_set,
+    read_fields,
+    read_json,
+    resolve,
+)
+from transforms.versions import NEWEST_TARGET, VERSION_RULES, parse_version, show_version
 
 __all__ = ["NEWEST_TARGET", "VERSION_RULES", "Encoder", "Method", "TrainingRequest"]
 
-NEWEST_TARGET = "3.6.0"
-OLDEST_TARGET: Version = (2, 17, 0)
-MAX_SEARCH_SIZE = 10_000
-MAX_DESCRIPTION_LENGTH = 1000
-MAX_MODEL_ID_BYTES = 512
 # OpenSearch reads a JSON string of at most 50 000 000 characters; base64 makes 4 of 3 bytes.
 MAX_BLOB_BYTES = 37_500_000
-MAX_PRECOMPUTED_TABLE_BYTES = 2**31
-MAX_CODE_SIZE = 24
-POINTS_PER_CENTROID = 256
-
-# The rules that depend on the target version: (first version with the rule, the rule).
-VERSION_RULES: tuple[tuple[str, str], ...] = (
-    ("2.18.0", "space_type is accepted at the top level (before: only spaceType)"),
-    ("2.18.0", "a method without an engine means faiss (before: nmslib, which cannot train)"),
-    ("2.18.0", "compression_level is derived from PQ's m and code_size when both are given"),
-    ("2.19.0", "mode and compression_level may stand beside method"),
-    ("2.19.0", "space_type cosinesimil is supported"),
-    ("2.19.0", "training needs max(nlist, 2^code_size) documents for IVF with a given code_size, otherwise 1000"),
-    ("2.19.0", "dimension must be divisible by hnsw's m, its default 16 included"),
-    ("3.0.0", "training needs 2^code_size documents with PQ (1000 when code_size is not given), otherwise no minimum"),
-    ("3.0.0", "dimension must be divisible by hnsw's m only when m is given"),
-    ("3.1.0", "compression_level 1x is accepted with mode on_disk"),
-    ("3.2.0", "the binary encoder has random_rotation and enable_adc (enable_adc with 1 bit only)"),
-    ("3.3.0", "engine is accepted at the top level"),
-    ("3.3.0", "compression_level 4x is refused as lucene's alone, unless method names an engine"),
-    ("3.5.0", "space_type cosinesimil is refused for byte vectors"),
-    ("3.6.0", "the sq encoder has bits, which must be given for float vectors"),
-    ("3.6.0", "mode on_disk and compression_level 32x stand for sq with 1 bit (before: the binary encoder with 1 bit)"),
-)
+MAX_PRECOMPUTED_TABLE_BYTES = 2**31  # faiss::precomputed_table_max_bytes
+MAX_CODE_SIZE = 24  # faiss::ProductQuantizer
+POINTS_PER_CENTROID = 256  # faiss::ClusteringParameters::max_points_per_centroid
 
 
 @dataclass(frozen=True)
@@ -91,8 +72,8 @@ class TrainingRequest:
         `node_id` is the documentation's name for `preference`. `require_index` and `require_field` are False for
         sources that have no index or name their column otherwise.
         """
-        query = _Query(model_id, preference, node_id, target_version, require_index, require_field)
-        return _resolve(_read_fields(_read_json(body), query.version), query)
+        fields = read_fields(read_json(body), parse_version(target_version))
+        return cls._of(fields, model_id, preference, node_id, target_version, require_index, require_field)
 
     @classmethod
     def from_fields(
@@ -107,8 +88,42 @@ class TrainingRequest:
         require_field: bool = True,
     ) -> TrainingRequest:
         """The request in a mapping of body fields, under the same rules as `parse`. Raises RequestError."""
-        query = _Query(model_id, preference, node_id, target_version, require_index, require_field)
-        return _resolve(_read_fields(fields.items(), query.version), query)
+        read = read_fields(fields.items(), parse_version(target_version))
+        return cls._of(read, model_id, preference, node_id, target_version, require_index, require_field)
+
+    @classmethod
+    def _of(
+        cls,
+        fields: Fields,
+        model_id: str | None,
+        preference: str | None,
+        node_id: str | None,
+        target_version: str,
+        require_index: bool,
+        require_field: bool,
+    ) -> TrainingRequest:
+        if preference and node_id and preference != node_id:
+            raise RequestError(f'preference "{preference}" and node_id "{node_id}" mean the same but differ')
+        version = parse_version(target_version)
+        check_set(fields, version, require_index, require_field)
+        resolved = resolve(fields, version)
+        check_model_id(model_id)
+        return cls(
+            model_id=model_id if model_id and model_id.strip() else None,
+            preference=preference or node_id or None,
+            training_index=fields.training_index,
+            training_field=fields.training_field or "",
+            dimension=resolved.dimension,
+            max_training_vector_count=fields.max_training_vector_count or INT_MAX,
+            search_size=fields.search_size or MAX_SEARCH_SIZE,
+            description=fields.description or "",
+            method=resolved.method,
+            space_type=resolved.space_type,
+            data_type=resolved.data_type,
+            mode=resolved.mode,
+            compression_level=resolved.compression_level,
+            target_version=show_version(version),
+        )
 
     # --- parameters of the method and its encoder; None where they do not apply ---
 
@@ -316,18 +331,21 @@ class TrainingRequest:
         warnings = []
         code_size = self.code_size
         if code_size is not None and code_size > MAX_CODE_SIZE:
-            raise RequestError(f"code_size is {code_size}, but faiss can train code sizes from 1 to {MAX_CODE_SIZE} only")
+            raise RequestError(
+                f"code_size is {code_size}, but faiss can train code sizes from 1 to {MAX_CODE_SIZE} only"
+            )
         table = self._precomputed_table_bytes()
         if table > MAX_PRECOMPUTED_TABLE_BYTES:
             raise RequestError(
                 f"nlist {self.nlist} * m {self.pq_m} * 2^code_size {code_size} * 4 bytes make a search table of "
-                f"{table} bytes, but at most {MAX_PRECOMPUTED_TABLE_BYTES} are allowed: with more, searching crashes the "
-                "node (https://github.com/opensearch-project/k-NN/issues/3078). Lower nlist, m or code_size"
+                f"{table} bytes, but at most {MAX_PRECOMPUTED_TABLE_BYTES} are allowed: with more, searching crashes "
+                "the node (https://github.com/opensearch-project/k-NN/issues/3078). Lower nlist, m or code_size"
             )
         if self.blob_bytes > MAX_BLOB_BYTES:
             message = (
-                f"the model has {self.blob_bytes} bytes (nlist {self.nlist}, dimension {self.dimension}), but a cluster "
-                f"reads at most {MAX_BLOB_BYTES} unless opensearch.xcontent.string.length.max is raised on every node"
+                f"the model has {self.blob_bytes} bytes (nlist {self.nlist}, dimension {self.dimension}), but a "
+                f"cluster reads at most {MAX_BLOB_BYTES} unless opensearch.xcontent.string.length.max is raised on "
+                "every node"
             )
             if not allow_large_model:
                 raise RequestError(message)
@@ -344,322 +362,6 @@ class TrainingRequest:
         if self.nlist is None or self.pq_m is None or self.code_size is None or self.inner_product:
             return 0
         return self.nlist * self.pq_m * 2**self.code_size * 4
-
-
-def parse_version(text: str) -> Version:
-    """`3.6`, `3.6.0` or `3.6.0-SNAPSHOT` as (3, 6, 0). Raises RequestError."""
-    match = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?(?:-[A-Za-z0-9.]+)?", text.strip())
-    if match is None:
-        raise RequestError(f'target version "{text}" is not a version; give it as {NEWEST_TARGET}')
-    version = (int(match[1]), int(match[2]), int(match[3] or 0))
-    if version < OLDEST_TARGET:
-        oldest = ".".join(map(str, OLDEST_TARGET))
-        raise RequestError(f"target version {text} is too old: {oldest} is the oldest supported")
-    return version
-
-
-# --- parsing -----------------------------------------------------------------------------------------------------
-
-
-class _Query:
-    """What does not stand in the body: the model id and the query parameters, checked."""
-
-    def __init__(
-        self,
-        model_id: str | None,
-        preference: str | None,
-        node_id: str | None,
-        target_version: str,
-        require_index: bool,
-        require_field: bool,
-    ):
-        if preference and node_id and preference != node_id:
-            raise RequestError(f'preference "{preference}" and node_id "{node_id}" mean the same but differ')
-        self.model_id = model_id if model_id and model_id.strip() else None
-        self.preference = preference or node_id or None
-        self.version = parse_version(target_version)
-        self.require_index = require_index
-        self.require_field = require_field
-
-
-@dataclass
-class _Fields:
-    """The body's fields as `RestTrainModelHandler` collects them; None or UNDEFINED means not set."""
-
-    training_index: str | None = None
-    training_field: str | None = None
-    method: UserMethod | None = None
-    dimension: int | None = None
-    max_training_vector_count: int | None = None
-    search_size: int | None = None
-    description: str | None = None
-    data_type: str | None = None
-    mode: str | None = None
-    compression_level: str | None = None
-    space_type: str = UNDEFINED
-    engine: str = UNDEFINED
-
-
-def _read_json(body: str | bytes) -> Iterable[tuple[str, Any]]:
-    """The members of the JSON object in `body`, duplicates included. Raises RequestError."""
-    if not body.strip():
-        raise RequestError("request body is required")
-    try:
-        text = body.decode("utf-8-sig") if isinstance(body, bytes) else body
-        value = json.loads(text, object_pairs_hook=_JsonObject, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"request body is not valid JSON: {error}") from error
-    if not isinstance(value, _JsonObject):
-        token = "START_ARRAY" if isinstance(value, list) else "VALUE"
-        raise RequestError(f"Failed to parse object: expecting token of type [START_OBJECT] but found [{token}]")
-    return value.members
-
-
-class _JsonObject(dict[str, Any]):
-    """A JSON object that remembers all its members, because a duplicate is an error only the reader can word."""
-
-    def __init__(self, members: list[tuple[str, Any]]):
-        super().__init__(members)
-        self.members = members
-
-
-def _no_constant(text: str) -> None:
-    raise RequestError(f"request body is not valid JSON: {text} is not a JSON number")
-
-
-def _read_fields(members: Iterable[tuple[str, Any]], version: Version) -> _Fields:
-    """`RestTrainModelHandler.createTransportRequest`, its loop over the tokens. Raises RequestError."""
-    fields = _Fields()
-    for name, value in members:
-        if name in ("training_index", "training_field", "description"):
-            _ensure_not_set(fields, name)
-            setattr(fields, name, None if value is None else _text(name, value))
-        elif name in ("mode", "compression_level"):
-            _ensure_not_set(fields, name)
-            setattr(fields, name, _text(name, value))
-        elif name in ("dimension", "max_training_vector_count", "search_size"):
-            _ensure_not_set(fields, name)
-            number = _integer(name, value)
-            setattr(fields, name, None if number == -1 else number)  # -1 is the plugin's word for not set
-        elif name == "method":
-            _ensure_not_set(fields, name)
-            _refuse_nested_duplicates(value)
-            fields.method = methods.parse_method(value)
-        elif name == "data_type":
-            _ensure_not_set(fields, name)
-            fields.data_type = _data_type(_text(name, value))
-        elif name == "spaceType" or (name == "space_type" and version >= (2, 18, 0)):
-            if fields.space_type != UNDEFINED:
-                raise RequestError("Unable to parse SpaceType as it is duplicated.")
-            fields.space_type = _space_type(_text(name, value))
-        elif name == "engine" and version >= (3, 3, 0):
-            if fields.engine != UNDEFINED:
-                raise RequestError("Unable to parse KNNEngine as it is duplicated.")
-            fields.engine = _engine(_text(name, value))
-        else:
-            raise RequestError(f'Unable to parse token. "{name}" is not a valid parameter.')
-        if name == "description":
-            _check_description(fields.description)
-    return fields
-
-
-def _ensure_not_set(fields: _Fields, name: str) -> None:
-    if getattr(fields, name) is not None:
-        raise RequestError(f'Unable to parse token. "{name}" is duplicated.')
-
-
-def _refuse_nested_duplicates(value: object) -> None:
-    """The cluster's JSON parser refuses a duplicated key anywhere; `method` is a map too late to see it."""
-    if isinstance(value, _JsonObject):
-        names = [name for name, _ in value.members]
-        duplicates = [name for name in names if names.count(name) > 1]
-        if duplicates:
-            raise RequestError(f"Duplicate field '{duplicates[0]}'")
-        for _, item in value.members:
-            _refuse_nested_duplicates(item)
-
-
-def _text(name: str, value: object) -> str:
-    """`XContentParser.text`: strings as they are, numbers and booleans as their JSON text."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str | int | float):
-        return str(value)
-    token = "VALUE_NULL" if value is None else "START_OBJECT" if isinstance(value, Mapping) else "START_ARRAY"
-    raise RequestError(f'Can\'t get text on a {token}: "{name}" must be a string')
-
-
-def _integer(name: str, value: object) -> int:
-    """`NumberFieldMapper.NumberType.INTEGER.parse` without coercion: 16, 16.0 and "16" are all sixteen."""
-    if isinstance(value, str):
-        if not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?[dDfF]?\s*", value):
-            raise RequestError(f'For input string: "{value}"' if value.strip() else "empty String")
-        number = float(value.strip().rstrip("dDfF"))
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        number = value
-    else:
-        raise RequestError(f'"{name}" must be an integer, not {json.dumps(value, default=str)}')
-    if not -INT_MAX - 1 <= number <= INT_MAX:
-        raise RequestError(f"Value [{value}] is out of range for an integer")
-    if number % 1 != 0:
-        raise RequestError(f"Value [{value}] has a decimal part")
-    return int(number)
-
-
-def _data_type(text: str) -> str:
-    if text.lower() not in methods.DATA_TYPES:
-        raise RequestError("Invalid value provided for [data_type] field. Supported values are [binary,byte,float]")
-    return text.lower()
-
-
-def _space_type(text: str) -> str:
-    space_type = methods.parse_space_type(text)
-    if space_type is None:
-        valid = ", ".join(methods.SPACE_TYPES)
-        raise RequestError(f"Unable to find space: {text} . Valid values are: [{valid}]")
-    return space_type
-
-
-def _engine(text: str) -> str:
-    if text.lower() not in methods.ENGINES:
-        raise RequestError(f"Invalid engine type: {text}")
-    return text.lower()
-
-
-def _check_description(description: str | None) -> None:
-    if description is None:  # the plugin answers 500 (NullPointerException) here
-        raise RequestError('"description" must not be null')
-    if "," in description:
-        raise RequestError("Model description cannot contain any commas: ','")
-
-
-# --- from fields to a request ------------------------------------------------------------------------------------
-
-
-def _resolve(fields: _Fields, query: _Query) -> TrainingRequest:
-    """The rest of `createTransportRequest`, then `TrainingModelRequest`'s constructor and `validate`."""
-    version = query.version
-    if fields.method is None and fields.mode is None and fields.compression_level is None:
-        raise RequestError('At least "[method]", "[mode]" or "[compression_level]" needs to be set')
-    if version < (2, 19, 0) and fields.method is not None:
-        for name in ("mode", "compression_level"):
-            if getattr(fields, name) is not None:
-                raise RequestError(f'"[method]" and "[{name}]" cannot both be set')
-    _ensure_set("dimension", fields.dimension)
-    if query.require_index:
-        _ensure_set("training_index", fields.training_index)
-    if query.require_field:
-        _ensure_set("training_field", fields.training_field)
-    data_type = fields.data_type or "float"
-    if data_type != "float" and (fields.mode is not None or fields.compression_level is not None):
-        raise RequestError('When "[mode]" or "[compression_level]" is set, "[data_type]" must be set to "[float]"')
-    space_type = _resolve_space_type(fields, data_type)
-    context = Context(
-        dimension=fields.dimension or 0,
-        data_type=data_type,
-        compression_level=_compression_level(fields.compression_level),
-        mode=_mode(fields.mode),
-        version=version,
-    )
-    _check_engine(fields, context)
-    method, compression_level = methods.resolve(fields.method, context)
-    count, search_size = fields.max_training_vector_count, fields.search_size
-    if count is not None and count <= 0:
-        raise RequestError(f"Maximum vector count {count} is invalid. Maximum vector count must be greater than 0")
-    if search_size is not None and not 0 < search_size <= MAX_SEARCH_SIZE:
-        raise RequestError(f"Search size {search_size} is invalid. Search size must be between 0 and 10,000")
-    _validate(method, space_type, fields.description or "", query.model_id, context)
-    return TrainingRequest(
-        model_id=query.model_id,
-        preference=query.preference,
-        training_index=fields.training_index,
-        training_field=fields.training_field or "",
-        dimension=context.dimension,
-        max_training_vector_count=count or INT_MAX,
-        search_size=search_size or MAX_SEARCH_SIZE,
-        description=fields.description or "",
-        method=method,
-        space_type=space_type,
-        data_type=data_type,
-        mode=context.mode,
-        compression_level=compression_level,
-        target_version=".".join(map(str, version)),
-    )
-
-
-def _ensure_set(name: str, value: object) -> None:
-    if value is None:
-        raise RequestError(f'Request did not set "{name}.')  # the closing quote is missing in the plugin too
-
-
-def _compression_level(text: str | None) -> str | None:
-    if text and text not in methods.COMPRESSION_LEVELS:
-        raise RequestError(f'Invalid compression level: "[{text}]"')
-    return text or None
-
-
-def _mode(text: str | None) -> str | None:
-    if text and text.lower() not in ("in_memory", "on_disk"):
-        raise RequestError(f'Invalid mode: "[{text}]"')
-    return text.lower() if text else None
-
-
-def _resolve_space_type(fields: _Fields, data_type: str) -> str:
-    """`SpaceTypeResolver.resolveSpaceType`."""
-    inner = UNDEFINED if fields.method is None else fields.method.space_type
-    given = [space_type for space_type in (inner, fields.space_type) if space_type != UNDEFINED]
-    if len(set(given)) > 1:
-        raise RequestError(f'Cannot specify conflicting space types: "[{inner}]" "[{fields.space_type}]"')
-    return given[0] if given else "hamming" if data_type == "binary" else "l2"
-
-
-def _check_engine(fields: _Fields, context: Context) -> None:
-    """`EngineResolver`: only faiss trains. Raises RequestError."""
-    inner = None if fields.method is None else fields.method.engine
-    if context.version < (3, 3, 0):
-        if inner is None and fields.method is not None and context.version < (2, 18, 0):
-            raise RequestError(f"Invalid method name: {fields.method.name}")  # the default engine is nmslib there
-        engine = "faiss" if inner in (None, UNDEFINED) else inner
-    else:
-        top = fields.engine
-        if top == UNDEFINED and inner in (None, UNDEFINED):
-            top = "faiss"
-        if top not in (UNDEFINED, "faiss"):
-            raise RequestError("Cannot specify engine other than FAISS for training")
-        if top == "faiss" and context.compression_level == "4x":
-            raise RequestError("Lucene is the only engine that supports 4x compression")
-        if top != UNDEFINED and inner not in (None, top):
-            raise RequestError(f"Cannot specify conflicting engines: [{inner}] and [{top}]")
-        engine = inner or top
-    if engine != "faiss":
-        raise validation_failed([f'Cannot use "{engine}" engine from training context'])
-
-
-def _validate(method: Method, space_type: str, description: str, model_id: str | None, context: Context) -> None:
-    """`TrainingModelRequest.validate`, as far as it needs no cluster state. Raises RequestError."""
-    errors = methods.method_errors(method, space_type, context)
-    if _java_length(description) > MAX_DESCRIPTION_LENGTH:
-        errors.append(f"Description exceeds limit of {MAX_DESCRIPTION_LENGTH} characters")
-    errors += methods.early_m_errors(method, context)
-    if context.data_type != "float" and method.encoder.name != "flat":
-        errors.append(f"encoder is not supported for vector data type [{context.data_type}]")
-    if errors:
-        raise validation_failed(errors)
-    if method.encoder.parameters.get("enable_adc") and method.encoder.parameters.get("bits", 1) != 1:
-        bits = method.encoder.parameters["bits"]
-        raise RequestError(f"Validation Failed: ADC is not supported for bit count: {bits}")
-    id_bytes = len((model_id or "").encode())
-    if id_bytes > MAX_MODEL_ID_BYTES:
-        raise validation_failed(
-            [f"id [{model_id}] is too long, must be no longer than {MAX_MODEL_ID_BYTES} bytes but was: {id_bytes}"]
-        )
-
-
-def _java_length(text: str) -> int:
-    """Length in UTF-16 units."""
-    return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 # --- sizes of serialised indexes (faiss/impl/index_write.cpp) ----------------------------------------------------
