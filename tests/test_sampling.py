@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -169,7 +170,7 @@ class Numbers:
 
     def slices(self) -> list[tuple[int, int]]:
         edges = np.linspace(0, self.count, self.parts + 1).astype(int)
-        return [(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return list(itertools.pairwise(edges.tolist()))
 
     def read(
         self, part: tuple[int, int], keep: float, reject: Callable[[RejectedVector], None]

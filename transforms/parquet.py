@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import fnmatch
+import io
 import os
 import posixpath
 import re
@@ -96,7 +96,7 @@ class ParquetVectors:
         limit = None if keep >= 1 else np.uint64(min(int(keep * 2.0**64), 2**64 - 1))
         row = part.row
         batch_rows = block_rows(self._columns * NUMPY_TYPES[self.data_type].itemsize)
-        with _open(part.path) as file:
+        with _open(part.path, self.column) as file:
             groups = list(range(part.first, part.last))
             for batch in file.iter_batches(batch_rows, row_groups=groups, columns=[self.column], use_threads=False):
                 numbers = np.arange(row, row + len(batch), dtype=np.uint64)
@@ -217,18 +217,76 @@ class ReadVectorsFromParquet(beam.PTransform):
 
 
 @contextmanager
-def _open(path: str) -> Iterator[pq.ParquetFile]:
+def _open(path: str, column: str | None = None) -> Iterator[pq.ParquetFile]:
+    """Opens a file, so that fixed-size lists in `column` that may be null come as plain lists."""
     raw: Any = path
     if "://" in path:
         raw = FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
     try:
         with pq.ParquetFile(raw, memory_map="://" not in path) as file:
+            if column is None or not _null_fixed_size_lists(file, column):
+                yield file
+                return
+        with _WithoutArrowSchema(open(path, "rb") if raw is path else raw) as plain, pq.ParquetFile(plain) as file:
             yield file
     except (pa.ArrowInvalid, OSError) as error:
         raise TrainingError(f"cannot read {path}: {error}") from error
     finally:
         if raw is not path:
             raw.close()
+
+
+def _null_fixed_size_lists(file: pq.ParquetFile, column: str) -> bool:
+    if not pa.types.is_fixed_size_list(_field_type(file.schema_arrow, column, "")):
+        return False
+    statistics = [
+        chunk.statistics for group in range(file.num_row_groups) for chunk in _chunks(file.metadata, group, column)
+    ]
+    return any(found is None or not found.has_null_count or found.null_count for found in statistics)
+
+
+class _WithoutArrowSchema(io.RawIOBase):
+    """A Parquet file whose footer says nothing of Arrow types.
+
+    Arrow restores a fixed-size list from such a note, and then fails on the first null in it: "Expected all lists to be
+    of size=8 but index 1 had size=0". Without the note it reads plain lists.
+    """
+
+    _NOTE, _HIDDEN = b"ARROW:schema", b"arrow:schema"
+
+    def __init__(self, file: Any):
+        self._file = file
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size - 8)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(size - 8 - length)
+        found = file.read(length).find(self._NOTE)
+        self._at = size - 8 - length + found if found >= 0 else size
+        file.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        start = self._file.tell()
+        data = bytearray(self._file.read() if size is None or size < 0 else self._file.read(size))
+        for place, byte in enumerate(self._HIDDEN, self._at):
+            if start <= place < start + len(data):
+                data[place - start] = byte
+        return bytes(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _below(pattern: str, path: str) -> str:
@@ -291,10 +349,15 @@ def _numeric(kind: pa.DataType) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
-def _column_bytes(footer: pq.FileMetaData, group: int, column: str) -> int:
+def _chunks(footer: pq.FileMetaData, group: int, column: str) -> list[pq.ColumnChunkMetaData]:
+    """The leaves of `column` in one row group."""
     row_group = footer.row_group(group)
-    chunks = (row_group.column(i) for i in range(row_group.num_columns))
-    return sum(c.total_compressed_size for c in chunks if fnmatch.fnmatchcase(c.path_in_schema + ".", column + ".*"))
+    leaves = (row_group.column(i) for i in range(row_group.num_columns))
+    return [leaf for leaf in leaves if f"{leaf.path_in_schema}.".startswith(f"{column}.")]
+
+
+def _column_bytes(footer: pq.FileMetaData, group: int, column: str) -> int:
+    return sum(chunk.total_compressed_size for chunk in _chunks(footer, group, column))
 
 
 def _plural(count: int, noun: str) -> str:
