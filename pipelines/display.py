@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from transforms import progress
 
@@ -109,6 +110,14 @@ def table(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
         print(f"{name:<{width}}{value}")
+
+
+def columns(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table to stdout, for a terminal."""
+    grid = Table(*names, box=None, pad_edge=False)
+    for row in rows:
+        grid.add_row(*row)
+    Console().print(grid)
 
 
 def say(text: str) -> None:
