@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `make train` trains on, and how good the model is: real vectors that need no download.
 
-    python -m tests.demo patches FOLDER
-    python -m tests.demo recall FOLDER MODEL_FOLDER
+python -m tests.demo patches FOLDER
+python -m tests.demo recall FOLDER MODEL_FOLDER
 """
 
 from __future__ import annotations
