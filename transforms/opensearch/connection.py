@@ -2,8 +2,8 @@
 """`OpenSearchConnection`: where a cluster is and where the secrets to reach it are kept, never the secrets themselves.
 
 The value is pickled into job graphs, shown in display data and printed in logs. So a password or a token is named by a
-*reference*, `env:NAME` or `file:PATH`, that is looked up where the connection is opened: on the launcher to plan, on each worker
-to read. Workers need the same environment variables or files.
+*reference*, `env:NAME` or `file:PATH`, that is looked up where the connection is opened: on the launcher to plan, on
+each worker to read. Workers need the same environment variables or files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class OpenSearchConnection:
     """How to reach a cluster.
 
     Attributes:
-      url: `http(s)://host:port[/prefix]`; several of one cluster are separated by commas. User and password are refused here.
+      url: `http(s)://host:port[/prefix]`; several of one cluster are separated by commas. User and password are refused
+        here.
       username: for basic authentication, with `password_from`.
       password_from: `env:NAME` or `file:PATH`.
       bearer_token_from: `env:NAME` or `file:PATH`, for JWT or OpenID tokens.
@@ -83,7 +84,8 @@ class OpenSearchConnection:
         """A connection from `OPENSEARCH_*` variables; `options` win over them.
 
         URL, USERNAME, PASSWORD or PASSWORD_FILE, BEARER_TOKEN or BEARER_TOKEN_FILE, CA_CERTS, CLIENT_CERT, CLIENT_KEY,
-        AWS_REGION, AWS_SERVICE, VERIFY_CERTS (`false` to turn off), TIMEOUT_S. Of a secret only the variable's name is kept.
+        AWS_REGION, AWS_SERVICE, VERIFY_CERTS (`false` to turn off), TIMEOUT_S. Of a secret only the variable's name is
+        kept.
         """
 
         def get(name: str) -> str | None:
@@ -157,8 +159,8 @@ def _check_url(url: str) -> None:
         raise RequestError("the OpenSearch URL cannot be parsed, expected http(s)://host:port") from None
     if "@" in parts.netloc:
         raise RequestError(
-            f"the OpenSearch URL for {parts.hostname} holds a user or a password, which would end up in job graphs and logs: "
-            "set OPENSEARCH_USERNAME and OPENSEARCH_PASSWORD (or OPENSEARCH_PASSWORD_FILE) instead"
+            f"the OpenSearch URL for {parts.hostname} holds a user or a password, which would end up in job graphs "
+            "and logs: set OPENSEARCH_USERNAME and OPENSEARCH_PASSWORD (or OPENSEARCH_PASSWORD_FILE) instead"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise RequestError(f"the OpenSearch URL is {url!r}, expected http(s)://host:port")
@@ -169,7 +171,12 @@ def _check_url(url: str) -> None:
 def _host(url: str) -> dict[str, Any]:
     parts = urlsplit(url)
     https = parts.scheme == "https"
-    host = {"host": parts.hostname, "port": parts.port or (443 if https else 80), "use_ssl": https, "scheme": parts.scheme}
+    host = {
+        "host": parts.hostname,
+        "port": parts.port or (443 if https else 80),
+        "use_ssl": https,
+        "scheme": parts.scheme,
+    }
     if parts.path.strip("/"):
         host["url_prefix"] = parts.path.strip("/")
     return host

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search responses to arrays, without a Python object per number and, for CBOR, without one per hit.
 
-The pages come from requests that `transforms.opensearch.pages` builds: every hit has a `_score` (the random draw), a `sort` value (the
-`_seq_no`) and the vector. In CBOR all hits of a page have the same bytes apart from these three values, like
+The pages come from requests that `transforms.opensearch.pages` builds: every hit has a `_score` (the random draw), a
+`sort` value (the `_seq_no`) and the vector. In CBOR all hits of a page have the same bytes apart from these three
+values, like
 
     {"_index": "my-index", "_score": fa 3f18 7749, "fields": {"v": [59 0200 .. 512 bytes ..]}, "sort": [1a 0001 86a0]}
 
-so a run of hits is read as an array of fixed-size records whose constant bytes are compared with those of the first. The run ends
-where the `_seq_no` needs more bytes. Anything unusual is decoded by `cbor2`, slowly and completely.
+so a run of hits is read as an array of fixed-size records whose constant bytes are compared with those of the first.
+The run ends where the `_seq_no` needs more bytes. Anything unusual is decoded by `cbor2`, slowly and completely.
 """
 
 from __future__ import annotations
@@ -107,13 +108,23 @@ def _run(data: bytes, start: int, after_score: bytes, columns: int, dtype: np.dt
     vector = middle + len(after_score)
     tail = vector + columns * dtype.itemsize
     head = tail + len(_SORT)
-    if score < len(_SCORE) or not data.startswith(after_score, middle) or not data.startswith(_SORT, tail) or head >= len(data):
+    if (
+        score < len(_SCORE)
+        or not data.startswith(after_score, middle)
+        or not data.startswith(_SORT, tail)
+        or head >= len(data)
+    ):
         return None
     extra = _INTEGER_BYTES.get(data[head], 0)
     if data[head] > 27 or not data.startswith(_END_OF_HIT, head + 1 + extra):
         return None
     size = head + 1 + extra + len(_END_OF_HIT) - start
-    constant = {"before": (start, score), "middle": (middle, vector), "tail": (tail, head), "end": (start + size - 2, start + size)}
+    constant = {
+        "before": (start, score),
+        "middle": (middle, vector),
+        "tail": (tail, head),
+        "end": (start + size - 2, start + size),
+    }
     fields: dict[str, tuple[Any, int]] = {
         name: ((np.uint8, (stop - begin,)), begin - start) for name, (begin, stop) in constant.items()
     }
@@ -121,12 +132,14 @@ def _run(data: bytes, start: int, after_score: bytes, columns: int, dtype: np.dt
     fields["vector"] = ((dtype, (columns,)), vector - start)
     fields["head"] = (np.uint8, head - start)
     fields["row"] = (f">u{extra}", head + 1 - start) if extra else (np.uint8, head - start)
-    record = np.dtype({
-        "names": list(fields),
-        "formats": [kind for kind, _ in fields.values()],
-        "offsets": [offset for _, offset in fields.values()],
-        "itemsize": size,
-    })
+    record = np.dtype(
+        {
+            "names": list(fields),
+            "formats": [kind for kind, _ in fields.values()],
+            "offsets": [offset for _, offset in fields.values()],
+            "itemsize": size,
+        }
+    )
     records = np.frombuffer(data, record, (len(data) - start) // size, start)
     same = records["head"] == data[head] if extra else records["head"] < 24
     for name, (begin, stop) in constant.items():
@@ -153,7 +166,7 @@ def _decode_unusual(data: bytes, key: str, columns: int, dtype: np.dtype) -> Pag
 
 
 def decode_json(data: bytes, path: str, columns: int, dtype: np.dtype, nested: bool) -> Page:
-    """A page whose hits hold their vectors as arrays of numbers in `_source`, one a document or (`nested`) one an object.
+    """A page whose hits hold arrays of numbers in `_source`, one a document or (`nested`) one an object.
 
     Raises: as `decode_cbor`.
     """
@@ -172,11 +185,11 @@ def decode_json(data: bytes, path: str, columns: int, dtype: np.dtype, nested: b
             continue
         try:
             value = hit.at_pointer(pointer)
-        except (KeyError, ValueError):
+        except (KeyError, TypeError, ValueError):
             # The document may write the path with dots or through an array of one object.
             value = next(_leaves(hit["_source"], path), None)
         builder.add_json(row, row, hit["_score"], value)
-    return builder.page({"pit_id": found["pit_id"] if "pit_id" in found else None})
+    return builder.page({"pit_id": found.get("pit_id")})
 
 
 class _Builder:
@@ -249,7 +262,7 @@ def _whole_draws(scores: np.ndarray) -> np.ndarray:
 
 
 def _leaves(node: Any, path: str) -> Iterator[Any]:
-    """Values under a dotted path, however the document writes it: objects in objects, dots in names, arrays of objects."""
+    """Values under a dotted path, as objects in objects, dots in names or arrays of objects."""
     if not path:
         if node is not None:
             yield node
@@ -257,11 +270,11 @@ def _leaves(node: Any, path: str) -> Iterator[Any]:
         for item in node:
             yield from _leaves(item, path)
     elif isinstance(node, simdjson.Object):
-        for name, value in node.items():
+        for name in node.keys():  # noqa: SIM118  items() would turn every value into Python objects
             if path == name:
-                yield from _leaves(value, "")
+                yield from _leaves(node[name], "")
             elif path.startswith(name + "."):
-                yield from _leaves(value, path[len(name) + 1 :])
+                yield from _leaves(node[name], path[len(name) + 1 :])
 
 
 def _plain(value: Any) -> Any:

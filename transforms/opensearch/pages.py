@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a page of vectors is asked for with: the query, which draws a random number for each document, and the reader.
 
-`random_score` over `_seq_no` is a hash of (seed, index name, shard, `_seq_no`), the same on every replica, for every slicing and for
-every version that was tried (2.19.1, 3.6.0). It becomes the upper 24 bits of the vector's priority, so that the server itself can
-leave out (`min_score`) the documents whose priority is too high for the sample.
+`random_score` over `_seq_no` is a hash of (seed, index name, shard, `_seq_no`), the same on every replica, for every
+slicing and for every version that was tried (2.19.1, 3.6.0). It becomes the upper 24 bits of the vector's priority, so
+that the server itself can leave out (`min_score`) the documents whose priority is too high for the sample.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from transforms.opensearch.session import CBOR, JSON
 from transforms.sampling import priority, stream_key
 from transforms.vectors import NUMPY_TYPES, columns
 
-#: Readers from the cheapest for the cluster to the one that always works. Server time for 128 floats: 3, 5 and 80 microseconds.
+#: Readers from the cheapest for the cluster to the one that always works. Server time for 128 floats: 3, 5 and 80
+#: microseconds.
 READERS = ("docvalues", "script", "source")
 
 #: Name of the script field: one letter, it comes back with every hit.
 _SCRIPT_FIELD = "v"
 
-# The getter may return a buffer that Lucene reuses for the next document (index.knn: true): without the copy every hit of a segment
-# has the vector of the last. Bytes are a fifth smaller in CBOR than a float[], which has a type byte for each number.
+# The getter may return a buffer that Lucene reuses for the next document (index.knn: true): without the copy every hit
+# of a segment has the vector of the last. Bytes are a fifth smaller in CBOR than a float[], which has a type byte for
+# each number.
 _FLOAT_SCRIPT = (
     "float[] s = (float[]) doc[params.f].value; byte[] r = new byte[4 * s.length]; "
     "for (int i = 0, j = 0; i < s.length; ++i) { int b = Float.floatToRawIntBits(s[i]); "
@@ -42,7 +44,7 @@ _BYTE_SCRIPT = (
 
 @dataclass(frozen=True)
 class VectorField:
-    """The field to read. `nested` is the path of the closest parent of type `nested`, None for a field of the document itself."""
+    """The field to read. `nested` is the path of its closest parent of type `nested`, None where there is none."""
 
     name: str
     dimension: int
@@ -126,7 +128,9 @@ class Draw:
         return min(1 << 64, max(0, int(self.keep * 2.0**64)))
 
     def query(self, filters: list[Any], thin: bool) -> dict[str, Any]:
-        """A query whose hits have their draw as the score; with `thin`, only those whose priority can be below `limit`."""
+        """A query whose hits have their draw as the score; with `thin`, only those whose priority can be below
+        `limit`.
+        """
         function: dict[str, Any] = {
             "query": {"bool": {"filter": filters}},
             # The server folds longer seeds into 32 bits.

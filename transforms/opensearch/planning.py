@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an index expression to slices: which indices and shards, is the field right, how many vectors, which reader works.
+"""From an index expression to slices: which indices and shards, is the field right, how many vectors, which reader
+works.
 
-Needs of the user's role, for the indices: `read` (an OpenSearch action group) and, to honour filtered aliases and spare a request,
-`indices:admin/shards/search_shards`; `indices:data/read/point_in_time/*` for a stable view while reading.
+Needs of the user's role, for the indices: `read` (an OpenSearch action group) and, to honour filtered aliases and spare
+a request, `indices:admin/shards/search_shards`; `indices:data/read/point_in_time/*` for a stable view while reading.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from urllib.parse import quote
 
@@ -127,7 +130,7 @@ def path_of(expression: str) -> str:
 def _fields(session: Session, expression: str, name: str, dimension: int, data_type: str) -> dict[str, VectorField]:
     """The field in each concrete index, checked as the plugin's `IndexUtil.validateKnnField` does, in its words."""
     if not expression.strip():
-        raise RequestError("Request did not set \"training_index.")
+        raise RequestError('Request did not set "training_index.')
     if not name:
         raise RequestError("Field path is empty.")
     try:
@@ -173,15 +176,15 @@ def _field_problem(session: Session, name: str, settings: dict[str, Any], dimens
         found, found_type = described["dimension"], str(described.get("data_type", "float")).lower()
     if found_type != data_type:
         return (
-            f'Field "{name}" has data type {found_type}, which is different from data type used in the training request: '
-            f"{data_type}"
+            f'Field "{name}" has data type {found_type}, which is different from data type used in the '
+            f"training request: {data_type}"
         )
     if found is None:
         return f'Field "{name}" does not have a dimension set.'
     if found != dimension:
         return (
-            f'Field "{name}" has dimension {found}, which is different from dimension specified in the training request: '
-            f"{dimension}"
+            f'Field "{name}" has dimension {found}, which is different from dimension specified in the '
+            f"training request: {dimension}"
         )
     return None
 
@@ -192,7 +195,8 @@ def _nested_parents(session: Session, expression: str, name: str) -> dict[str, s
     paths = [".".join(parts[:end]) for end in range(1, len(parts))]
     if not paths:
         return {}
-    found = session.json("GET", f"/{path_of(expression)}/_field_caps", {"fields": ",".join(paths)})
+    # The parents are only reported beside the field itself.
+    found = session.json("GET", f"/{path_of(expression)}/_field_caps", {"fields": ",".join([*paths, name])})
     parents = {}
     for path in paths:  # the longest comes last
         nested = found["fields"].get(path, {}).get("nested")
@@ -247,7 +251,7 @@ def _count(session: Session, index: str, number: int, field: VectorField, query:
     found = answer["aggregations"]["found"]
     documents = found["doc_count"]
     vectors = found["objects"]["with"]["doc_count"] if field.nested else documents
-    first, last = ((int(found[name]["value"]) for name in ("first", "last")) if documents else (0, -1))
+    first, last = (int(found[name]["value"]) for name in ("first", "last")) if documents else (0, -1)
     without = answer["hits"]["total"]["value"] - documents
     return _Shard(index, number, alias_filter, field, documents, vectors, without, first, last)
 
@@ -266,14 +270,16 @@ def _split(shards: Sequence[_Shard], readers: dict[str, Reader], without: int, s
     for shard in shards:
         most = shard.documents if slices else math.ceil(shard.documents / _SMALLEST_SLICE)
         span = shard.last - shard.first + 1
-        parts = max(1, min(most, span, round(wanted * shard.documents / total)))
+        parts = max(1, min(most, span, math.ceil(wanted * shard.documents / total)))
         edges = [shard.first + span * part // parts for part in range(parts + 1)]
-        for first, end in zip(edges, edges[1:], strict=False):
+        for first, end in pairwise(edges):
             reader = readers[shard.index].name
             count = math.ceil(shard.documents / parts)
             counted = without if not result else 0
             result.append(
-                Slice(shard.index, shard.number, first, end - 1, count, shard.field, reader, shard.alias_filter, counted)
+                Slice(
+                    shard.index, shard.number, first, end - 1, count, shard.field, reader, shard.alias_filter, counted
+                )
             )
     return result
 
@@ -302,7 +308,10 @@ def _choose_reader(session: Session, shard: _Shard, wanted: str, query: str) -> 
             reasons.append(f"{name}: {error.reason if isinstance(error, ServerError) else error}")
             continue
         if name != "source":
-            truth = truth or _probe(session, shard, make_reader("source", field), query)
+            if truth is None:
+                # Refused where `_source` is switched off.
+                with suppress(ServerError):
+                    truth = _probe(session, shard, make_reader("source", field), query)
             if not _agree(page, truth):
                 reasons.append(f"{name}: the vectors differ from those in _source")
                 continue
@@ -324,9 +333,11 @@ def _probe(session: Session, shard: _Shard, reader: Reader, query: str) -> Page:
     return page
 
 
-def _agree(page: Page, truth: Page) -> bool:
-    """Whether two readers gave the same. Where `_source` is switched off or keeps no vector there is nothing to compare."""
-    if not len(truth.rows):
+def _agree(page: Page, truth: Page | None) -> bool:
+    """Whether two readers gave the same. Where `_source` is switched off or keeps no vector there is nothing to
+    compare.
+    """
+    if truth is None or not len(truth.rows):
         return len(page.rows) > 0
     common, ours, theirs = np.intersect1d(page.rows, truth.rows, return_indices=True)
     return len(common) == len(truth.rows) == len(page.rows) and bool(

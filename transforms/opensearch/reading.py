@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ReadFromOpenSearch`: the vectors of a `knn_vector` field, thinned by the cluster before they travel.
 
-A slice is a range of `_seq_no` in one shard. It is read in windows of `_seq_no`, each one search that costs the cluster as much as the
-window holds, never as much as the shard. Any page can be asked for again, which makes retries exact; a point in time keeps the view
-of the shard still meanwhile. Where points in time are not to be had, the same searches run without: documents that are updated during
-the read may then be left out, but none is read twice.
+A slice is a range of `_seq_no` in one shard. It is read in windows of `_seq_no`, each one search that costs the cluster
+as much as the window holds, never as much as the shard. Any page can be asked for again, which makes retries exact; a
+point in time keeps the view of the shard still meanwhile. Where points in time are not to be had, the same searches run
+without: documents that are updated during the read may then be left out, but none is read twice.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -138,8 +139,8 @@ class OpenSearchVectors:
 class ReadFromOpenSearch(beam.PTransform):
     """`p | ReadFromOpenSearch(connection=…, index=…, field=…, dimension=…)` gives a PCollection of VectorBlock.
 
-    Connects when it is applied, to check the index and plan the slices. With `max_bad_vectors` the result has two outputs,
-    `.vectors` and `.rejected`. Attributes are those of `OpenSearchVectors` and `ReadVectors`.
+    Connects when it is applied, to check the index and plan the slices. With `max_bad_vectors` the result has two
+    outputs, `.vectors` and `.rejected`. Attributes are those of `OpenSearchVectors` and `ReadVectors`.
     """
 
     connection: OpenSearchConnection
@@ -208,7 +209,8 @@ class _SliceReader:
                 page = self._page(start, end, thin)
                 full = page.hits >= self._rows
                 read = (page.last if full else end) - start + 1
-                # The next window is as wide as one page was here, but grows no faster than fourfold over empty stretches.
+                # The next window is as wide as one page was here, but grows no faster than fourfold over empty
+                # stretches.
                 width = min(4 * width, math.ceil(read * self._rows / max(page.hits, 1)))
                 width = max(width, self._rows)
                 start += read
@@ -268,14 +270,15 @@ class _SliceReader:
         pit, self._pit = self._pit, None
         if pit is None:
             return
-        try:
+        # It expires by itself, and must not hide the error that ended the read.
+        with suppress(Exception):
             self._session.send("DELETE", "/_search/point_in_time", body={"pit_id": [pit]}, attempts=2)
-        except Exception:  # noqa: BLE001  it expires by itself, and must not hide the error that ended the read
-            pass
 
 
 class _ReadMetrics:
-    """Beam metrics of a slice. Only counts on the thread that runs the DoFn, so the session gathers and this reports."""
+    """Beam metrics of a slice. Only counts on the thread that runs the DoFn, so the session gathers and this
+    reports.
+    """
 
     def __init__(self) -> None:
         self.without = Metrics.counter(METRICS, "documents_without_vector")

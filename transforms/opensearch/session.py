@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Session`: requests to a cluster with retries, raw response bodies, and errors of one clear line.
 
-opensearch-py knows how to connect (TLS, authentication, signing, several hosts) but decodes every body as UTF-8 text, which a CBOR
-page is not, so a small connection class hands the bytes through.
+opensearch-py knows how to connect (TLS, authentication, signing, several hosts) but decodes every body as UTF-8 text,
+which a CBOR page is not, so a small connection class hands the bytes through.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Session:
       attempts: tries of one request before giving up.
 
     Raises:
-      RequestError: a secret or certificate file is missing, here or for every request below: the cluster refuses the credentials
+      RequestError: a secret or certificate file is missing, here or for every request below: the cluster refuses the
+      credentials
         or the request.
       TrainingError: the cluster cannot be reached or fails, after all tries.
     """
@@ -92,7 +93,9 @@ class Session:
         self._cancelled = threading.Event()
         try:
             self._client = opensearchpy.OpenSearch(
-                connection_class=_BytesConnection, serializers={CBOR: _Bytes(), JSON: _Bytes()}, **connection.client_arguments()
+                connection_class=_BytesConnection,
+                serializers={CBOR: _Bytes(), JSON: _Bytes()},
+                **connection.client_arguments(),
             )
         except (ssl.SSLError, OSError, ValueError) as error:
             raise RequestError(f"the certificates for {connection.url} cannot be loaded: {error}") from None
@@ -132,8 +135,8 @@ class Session:
           params: query parameters.
           body: JSON value.
           accept: media type of the response wanted.
-          check: called with the body of a success; returns what to return. PartialResult or ValueError from it (a page that is cut
-            short or does not parse) makes the request be sent again.
+          check: called with the body of a success; returns what to return. PartialResult or ValueError from it (a page
+            that is cut short or does not parse) makes the request be sent again.
           attempts: tries, instead of the session's.
 
         Returns:
@@ -178,7 +181,9 @@ class Session:
         """The error for users: what was refused and what to do about it, without secrets."""
         at = f"OpenSearch at {self._connection.url}"
         if error.status == 401:
-            return RequestError(f"{at} does not accept the credentials (401): check the user, the password or the token")
+            return RequestError(
+                f"{at} does not accept the credentials (401): check the user, the password or the token"
+            )
         if error.status == 403:
             missing = re.search(r"no permissions for \[([^\]]*)\]", error.reason)
             what = f"the user lacks the permission {missing[1]}" if missing else error.reason
@@ -194,7 +199,10 @@ class Session:
         if "Hostname mismatch" in text or "IP address mismatch" in text or "doesn't match" in text:
             return f"the certificate of {url} is for another host name"
         if "CERTIFICATE_VERIFY_FAILED" in text:
-            return f"the certificate of {url} is not signed by a known authority: give its CA file (ca_certs, OPENSEARCH_CA_CERTS)"
+            return (
+                f"the certificate of {url} is not signed by a known authority: "
+                "give its CA file (ca_certs, OPENSEARCH_CA_CERTS)"
+            )
         if "WRONG_VERSION_NUMBER" in text or "record layer failure" in text:
             return f"{url} does not speak TLS: is it http:// ?"
         if "CERTIFICATE_REQUIRED" in text:
@@ -230,6 +238,8 @@ class _BytesConnection(opensearchpy.Urllib3HttpConnection):
             )
         except urllib3.exceptions.SSLError as error:
             raise opensearchpy.SSLError("N/A", str(error), error) from None
+        except urllib3.exceptions.NewConnectionError as error:  # which is a TimeoutError too
+            raise opensearchpy.ConnectionError("N/A", str(error), error) from None
         except urllib3.exceptions.TimeoutError as error:
             raise opensearchpy.ConnectionTimeout("TIMEOUT", str(error), error) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -251,7 +261,9 @@ def check_shards(found: Mapping[str, Any]) -> None:
     shards = found.get("_shards", {})
     if shards.get("failed"):
         failure = (shards.get("failures") or [{}])[0].get("reason", {})
-        raise PartialResult(f"{shards['failed']} of {shards.get('total')} shards failed: {failure.get('reason') or failure}")
+        raise PartialResult(
+            f"{shards['failed']} of {shards.get('total')} shards failed: {failure.get('reason') or failure}"
+        )
     if found.get("timed_out"):
         raise PartialResult("the search timed out")
 
@@ -293,7 +305,12 @@ def _connection_problem(error: opensearchpy.ConnectionError) -> str:
     if isinstance(error, opensearchpy.ConnectionTimeout):
         return "no answer in time"
     text = str(cause)
-    for known in ("Connection refused", "Name or service not known", "Temporary failure in name resolution", "No route to host"):
+    for known in (
+        "Connection refused",
+        "Name or service not known",
+        "Temporary failure in name resolution",
+        "No route to host",
+    ):
         if known in text:
             return known[0].lower() + known[1:]
     if isinstance(cause, urllib3.exceptions.ProtocolError):
