@@ -229,10 +229,11 @@ def test_where_scripts_are_refused_source_is_read(index):
 def test_an_index_deleted_while_reading_is_a_clear_error(opensearch):
     fill(opensearch, "short-lived", MATRIX[:100])
     source_ = source(opensearch, "short-lived", 8, search_size=10)
+    blocks = source_.read(source_.slices()[0], 1.0, refuse)
+    next(blocks)
+    opensearch.client().indices.delete(index="short-lived")
     with pytest.raises((RequestError, TrainingError), match="short-lived"):
-        for part in source_.slices():
-            for _ in source_.read(part, 1.0, refuse):
-                opensearch.client().indices.delete(index="short-lived", ignore=[404])
+        list(blocks)
     assert_no_contexts(opensearch)
 
 

@@ -54,15 +54,19 @@ def test_a_full_read_is_what_was_indexed(many, reader):
 
 
 def test_docvalues_are_refused_before_3_7_with_the_clusters_reason(many):
-    with pytest.raises(RequestError, match="cannot read the vectors .* docvalues: .*"):
+    with pytest.raises(RequestError, match=r"cannot read the vectors .* docvalues: .*"):
         read(source(many, "many", 8, reader="docvalues"))
 
 
 def test_docvalues_of_3_7_seen_through_a_proxy(many):
-    """No 3.7 server can be had here. The proxy answers a `docvalue_fields` request as 3.7 does, with little-endian bytes
-    under the field's name, by asking this server for a script field of that name."""
-    script = "float[] s = (float[]) doc['vec'].value; byte[] r = new byte[4 * s.length]; int j = 0; for (float f : s) "
-    script += "{ int b = Float.floatToRawIntBits(f); for (int k = 0; k < 32; k += 8) { r[j++] = (byte) (b >> k); } } return r;"
+    """No 3.7 server can be had here. The proxy answers a `docvalue_fields` request as 3.7 does, with little-endian
+    bytes under the field's name, by asking this server for a script field of that name.
+    """
+    script = (
+        "float[] s = (float[]) doc['vec'].value; byte[] r = new byte[4 * s.length]; int j = 0; "
+        "for (float f : s) { int b = Float.floatToRawIntBits(f); "
+        "for (int k = 0; k < 32; k += 8) { r[j++] = (byte) (b >> k); } } return r;"
+    )
 
     def translated(body):
         asked = json.loads(body)
@@ -144,7 +148,7 @@ def test_priorities_are_the_same_on_both_versions(opensearch_2, opensearch_3):
 
 
 def test_priorities_are_uniform_over_positions_and_shards(opensearch_3):
-    """Chi-square of who is among the 20 % smallest, by place in the index and by shard, and of the priorities themselves."""
+    """Chi-square of who is among the 20 % smallest, by place in the index and by shard, and of the priorities."""
     count, bins = 20_000, 20
     matrix = np.zeros((count, 2), np.float32)
     matrix[:, 0] = np.arange(count)
@@ -253,7 +257,7 @@ def test_where_source_is_switched_off_the_script_reads_alone(opensearch):
     source_ = source(opensearch, "sourceless", 8)
     assert source_.summary().reader == "script"
     assert same_rows(read(source_)[1], MATRIX[:50])
-    with pytest.raises(RequestError, match="no array of numbers in _source"):
+    with pytest.raises(RequestError, match=r"source: .*_source is disabled in the mappings"):
         source(opensearch, "sourceless", 8, reader="source").slices()
 
 
@@ -397,5 +401,4 @@ def test_default_slices_grow_with_the_index(many):
     with Session(OpenSearchConnection(many.url)) as session:
         plan = make_plan(session, "many", "vec", 8, "float", "", "auto", 0)
     assert len(plan.slices) == 3
-    for one, following in zip(plan.slices, plan.slices[1:], strict=False):
-        assert one.shard != following.shard
+    assert {part.shard for part in plan.slices} == {0, 1, 2}

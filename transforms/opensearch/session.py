@@ -91,11 +91,10 @@ class Session:
         self._connection = connection
         self._attempts = attempts
         self._cancelled = threading.Event()
+        arguments = connection.client_arguments()
         try:
             self._client = opensearchpy.OpenSearch(
-                connection_class=_BytesConnection,
-                serializers={CBOR: _Bytes(), JSON: _Bytes()},
-                **connection.client_arguments(),
+                connection_class=_BytesConnection, serializers={CBOR: _Bytes(), JSON: _Bytes()}, **arguments
             )
         except (ssl.SSLError, OSError, ValueError) as error:
             raise RequestError(f"the certificates for {connection.url} cannot be loaded: {error}") from None
