@@ -145,7 +145,8 @@ def _summary(model: Mapping[str, Any], path: str, seconds: float, counters: Mapp
 def _counters(result: Any) -> dict[str, int]:
     found: dict[str, int] = {}
     for counter in result.metrics().query()["counters"]:
-        found[counter.key.metric.name] = found.get(counter.key.metric.name, 0) + counter.result
+        # Prism has no `attempted` values, so what it counted as 0 comes as None.
+        found[counter.key.metric.name] = found.get(counter.key.metric.name, 0) + (counter.result or 0)
     return found
 
 
