@@ -52,13 +52,14 @@ class Plan:
     sample_size: int
     keep: float
     seed: int
+    query: Mapping[str, Any] | None
     threads: int
     warnings: tuple[str, ...]
 
     @property
     def memory_bytes(self) -> int:
         """Estimated peak of the training process."""
-        return faiss_training.estimate_memory(self.request, self.sample_size + HELD_OUT)
+        return faiss_training.estimate_memory(self.request, self.sample_size)
 
     @property
     def read_bytes(self) -> float:
@@ -81,11 +82,11 @@ class Plan:
             ("vectors", f"{summary.count:,} x {request.dimension} {request.data_type}"),
             ("slices", f"{self.slices:,}"),
             ("sample", f"{self.sample_size:,} vectors, seed {self.seed}; {self.sample_reason()}"),
-            ("to read", f"{_mega(self.read_bytes)}, passing on {self.keep:.3g} of the vectors"),
-            ("temporary files", _mega(self.spill_bytes)),
+            ("to read", f"{_bytes(self.read_bytes)}, passing on {self.keep:.3g} of the vectors"),
+            ("temporary files", _bytes(self.spill_bytes)),
             ("method", f"{request.index_description}, {request.space_type}"),
-            ("training", f"{_mega(self.memory_bytes)} of memory, {self.threads} threads"),
-            ("model", _mega(request.blob_bytes)),
+            ("training", f"{_bytes(self.memory_bytes)} of memory, {self.threads} threads"),
+            ("model", _bytes(request.blob_bytes)),
             ("for", f"OpenSearch {request.target_version}"),
         ]
 
@@ -106,6 +107,7 @@ class Plan:
             "vectors_in_source": self.summary.count,
             "sample_size": self.sample_size,
             "seed": self.seed,
+            "query": self.query,
             "kept_fraction": self.keep,
             "index_description": self.request.index_description,
         }
@@ -144,6 +146,7 @@ def make_plan(options: TrainOptions) -> Plan:
         sample_size=sample_size,
         keep=keep_fraction(sample_size + HELD_OUT, summary.count),
         seed=options.seed,
+        query=options.query,
         threads=options.training_threads or available_cores(),
         warnings=tuple(warnings),
     )
@@ -196,5 +199,5 @@ def _source(options: TrainOptions, request: TrainingRequest) -> VectorSource:
     )
 
 
-def _mega(count: float) -> str:
-    return f"{count / 1e6:,.1f} MB"
+def _bytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"

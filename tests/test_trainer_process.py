@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from transforms import trainer_process
+from transforms import faiss_training, trainer_process
 from transforms.errors import TrainingError
 from transforms.request import TrainingRequest
 from transforms.spill import SpillWriter
@@ -120,6 +120,19 @@ def test_kill_children_ends_a_training(tmp_path: Path) -> None:
             job(tmp_path, vectors=np.tile(VECTORS, (100, 1)), size=200_000, nlist=4_000), lambda *_: started.set()
         )
     timer.join()
+
+
+def test_memory_estimate_is_about_the_measured_peak(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(1).standard_normal((65_536, 256)).astype(np.float32)
+    body = {**BODY, "dimension": 256, "method": {"name": "ivf", "engine": "faiss", "parameters": {"nlist": 32}}}
+    body["method"]["parameters"]["encoder"] = {"name": "pq", "parameters": {"m": 8, "code_size": 8}}
+    writer = SpillWriter(str(tmp_path))
+    writer.append(np.arange(len(vectors), dtype=np.uint64), vectors)
+    written = writer.close()
+    assert written is not None
+    result = train_in_process(TrainingJob(body, "3.6.0", (written,), 2**64 - 1, len(vectors), 0, 2), lambda *_: None)
+    estimate = faiss_training.estimate_memory(TrainingRequest.from_fields(body), len(vectors))
+    assert 0.75 < estimate / result.peak_memory < 1.33
 
 
 def test_job_s_body_resolves_to_the_same_request() -> None:

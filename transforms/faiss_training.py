@@ -163,24 +163,30 @@ def _properties(index: faiss.Index, wanted: faiss.Index, request: TrainingReques
 
 
 def estimate_memory(request: TrainingRequest, count: int) -> int:
-    """Bytes that training on `count` vectors needs at its peak, the sample's own array included.
+    """Bytes that a process needs at its peak to train on `count` vectors; within a quarter where it was measured.
 
-    The terms: the sample; for IVF the clustering's subset if the sample is larger than 256 nlist, an assignment of 12
-    bytes a vector, centroids three times and two distance blocks of 16 MB; for PQ the subset, its residuals and a
-    slice of them a sub-quantizer; the blob and its copy. Binary indexes cluster 4-byte floats, one a bit.
+    The terms: Python, numpy, faiss and its work space; the sample, and for bytes its float copy; for IVF an assignment
+    of 12 bytes a vector, the centroids three times, and the larger of the subset that k-means draws from more than
+    256 nlist vectors and, for IVF-PQ, the residuals of the encoder's subset with that subset itself, if it is one.
+    Binary indexes decode 32 768 vectors to floats at a time. The sample's priorities and order take 40 bytes a vector
+    while it is loaded.
     """
     dimension = request.trained_dimension
-    sample = count * (dimension // 8 if request.data_type == "binary" else 4 * request.dimension)
-    total = sample + 2 * request.blob_bytes + 32_000_000
+    if request.data_type == "binary":
+        total = count * dimension // 8
+    else:
+        total = count * request.dimension * (5 if request.data_type == "byte" else 4)
+    total += 90_000_000 + 40 * count + 2 * request.blob_bytes
     if request.is_binary:
-        total += 4 * count * dimension + count * dimension // 8
-    if request.nlist is not None:
+        total += count * dimension // 8 + 4 * min(count, 32_768) * dimension
+    elif request.nlist is not None:
         total += 12 * count + 12 * request.nlist * dimension
-        if count > 256 * request.nlist:
-            total += 4 * 256 * request.nlist * dimension
-    if request.code_size is not None:
-        subset = min(count, 256 << request.code_size)
-        total += 3 * 4 * subset * dimension
+        drawn = 4 * 256 * request.nlist * dimension if count > 256 * request.nlist else 0
+        residuals = 0
+        if request.code_size is not None:
+            subset = min(count, 256 << request.code_size)
+            residuals = 4 * subset * dimension * (2 if count > subset else 1)
+        total += max(drawn, residuals)
     return total
 
 
@@ -189,11 +195,10 @@ def _train_ivf(index: faiss.IndexIVF, vectors: np.ndarray, threads: int, progres
     index.quantizer.reset()
     _cluster(clustering, vectors, index.quantizer, progress)
     index.quantizer.is_trained = True
-    if not isinstance(index, faiss.IndexIVFPQ):
-        index.train(vectors)  # finds the quantizer trained; what is left is the scalar quantizer's bookkeeping
-        return
-    _train_pq(index.pq, _residuals(index, vectors), threads, progress)
-    # Not through IndexIVFPQ.train: it would end by filling a search table of nlist x m x 2**code_size floats.
+    if isinstance(index, faiss.IndexIVFPQ):
+        _train_pq(index.pq, _residuals(index, vectors), threads, progress)
+    # Not through index.train: for an IVF-PQ it would end by filling a search table of nlist x m x 2**code_size floats,
+    # and for a scalar quantizer it would compute 100 000 residuals although fp16 and bytes have nothing to learn.
     index.is_trained = True
 
 
