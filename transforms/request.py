@@ -296,7 +296,7 @@ class TrainingRequest:
         index, with or without a vector: where it is given the cluster's own minimum applies
         (`AbstractFaissPQEncoder.validateEncoderConfig`, in 2.19 `AbstractKNNMethod`).
         """
-        minimum = self._minimum_documents()
+        minimum = self.minimum_documents
         if documents is not None and min(documents, self.max_training_vector_count) < minimum:
             raise validation_failed([f"Number of training points should be greater than {minimum}"])
         usable = min(count, self.max_training_vector_count)
@@ -313,7 +313,9 @@ class TrainingRequest:
             f"but there are only {usable}{limit}"
         )
 
-    def _minimum_documents(self) -> int:
+    @property
+    def minimum_documents(self) -> int:
+        """Fewest documents, with or without a vector, of an index that the cluster's own `_train` accepts."""
         version = parse_version(self.target_version)
         given_code_size = self.method.encoder.parameters.get("code_size")
         if version < (2, 19, 0):
