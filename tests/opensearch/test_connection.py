@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -249,11 +250,15 @@ def test_unknown_authority(secure, connect):
         assert "is not signed by a known authority: give its CA file (ca_certs, OPENSEARCH_CA_CERTS)" in message
 
 
-def test_another_host_name(secure, connect):
-    port = secure.url.rsplit(":", 1)[1]
-    kind, message = problem(connect(url=f"https://127.0.0.1:{port}"))
+def test_another_host_name(secure, connect, monkeypatch):
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest: resolve("localhost" if host == "other.test" else host, *rest)
+    )
+    url = secure.url.replace("localhost", "other.test")
+    kind, message = problem(connect(url=url))
     assert kind is RequestError
-    assert message == f"the certificate of https://127.0.0.1:{port} is for another host name"
+    assert message == f"the certificate of {url} is for another host name"
 
 
 def test_without_verification_it_opens(connect):
