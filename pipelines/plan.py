@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from pipelines.options import TrainOptions, body
 from transforms import faiss_training
 from transforms.errors import RequestError
+from transforms.files import read_whole
 from transforms.model import random_model_id
 from transforms.model_files import check_model_id
 from transforms.opensearch import OpenSearchConnection, OpenSearchVectors
@@ -156,8 +155,7 @@ def _request(options: TrainOptions) -> TrainingRequest:
     text = None
     if options.request:
         try:
-            with FileSystems.open(options.request) as file:
-                text = file.read().decode()
+            text = read_whole(options.request).decode()
         except (OSError, ValueError) as error:
             raise RequestError(f"cannot read request {options.request!r}: {error}") from error
     return TrainingRequest.parse(

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
+from transforms import files
 from transforms.errors import RequestError, TrainingError
 from transforms.model import CREATED, TRAINING, TrainedModel
 from transforms.reading import METRICS
@@ -53,7 +53,7 @@ class ModelFiles:
                 return
             if overwrite:
                 self._remove(model_id)
-            if _is_local(folder):
+            if files.is_local(folder):
                 os.makedirs(folder)  # exclusive: of two runs with one id, one fails here
             elif FileSystems.exists(self.path(model_id, DESCRIPTION)):
                 raise FileExistsError
@@ -65,7 +65,7 @@ class ModelFiles:
 
     def describe(self, model_id: str, description: dict[str, Any]) -> None:
         """Replaces `model.json` in one step."""
-        _write_whole(self.path(model_id, DESCRIPTION), (json.dumps(description, indent=2) + "\n").encode())
+        files.write_whole(self.path(model_id, DESCRIPTION), (json.dumps(description, indent=2) + "\n").encode())
 
     def write(self, model: TrainedModel) -> None:
         """Writes the blob, if there is one, and then says so. Doing it again changes nothing.
@@ -78,13 +78,13 @@ class ModelFiles:
         if model.blob is not None:
             if before == CREATED:  # no reader may take the new blob for the one that the old description is about
                 self.describe(model.model_id, {**self.get(model.model_id), "state": TRAINING})
-            _write_whole(self.path(model.model_id, BLOB), model.blob)
+            files.write_whole(self.path(model.model_id, BLOB), model.blob)
         self.describe(model.model_id, model.json())
 
     def get(self, model_id: str) -> dict[str, Any]:
         """The content of `model.json`. Raises RequestError if there is no such model."""
         try:
-            return json.loads(_read(self.path(model_id, DESCRIPTION)))
+            return json.loads(files.read_whole(self.path(model_id, DESCRIPTION)))
         except (OSError, beam.io.filesystem.BeamIOError):
             raise RequestError(f'Model "{model_id}" does not exist in {self.model_dir}') from None
 
@@ -93,7 +93,7 @@ class ModelFiles:
         description = self.get(model_id)
         if description["state"] != CREATED:
             raise RequestError(f'Model "{model_id}" is in state {description["state"]}, not created')
-        blob = _read(self.path(model_id, BLOB))
+        blob = files.read_whole(self.path(model_id, BLOB))
         wanted = description.get("provenance", {}).get("blob_sha256")
         if wanted not in (None, hashlib.sha256(blob).hexdigest()):
             raise TrainingError(
@@ -108,7 +108,9 @@ class ModelFiles:
             found = FileSystems.match([pattern])[0].metadata_list
         except beam.io.filesystem.BeamIOError:
             return []
-        return sorted((json.loads(_read(entry.path)) for entry in found), key=lambda model: model["model_id"])
+        return sorted(
+            (json.loads(files.read_whole(entry.path)) for entry in found), key=lambda model: model["model_id"]
+        )
 
     def delete(self, model_id: str) -> None:
         """Removes a model; raises RequestError if there is none or if it is still in training."""
@@ -123,9 +125,7 @@ class ModelFiles:
             return None
 
     def _remove(self, model_id: str) -> None:
-        folder = self.path(model_id)
-        if FileSystems.exists(folder):
-            FileSystems.delete([folder])
+        files.remove_folder(self.path(model_id))
 
 
 @dataclass(frozen=True)
@@ -182,31 +182,4 @@ def check_model_id(model_id: str) -> str:
 
 def write_rejected(path: str, rows: Iterable[dict[str, str]]) -> None:
     """Bad vectors, one JSON object a line."""
-    _write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def _is_local(path: str) -> bool:
-    return "://" not in path
-
-
-def _read(path: str) -> bytes:
-    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-        return file.read()
-
-
-def _write_whole(path: str, data: bytes) -> None:
-    """Object stores show an object when it is complete; a local file is renamed into place."""
-    if not _is_local(path):
-        with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            file.write(data)
-        return
-    part = f"{path}.{os.getpid()}.part"
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.unlink(part)
+    files.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

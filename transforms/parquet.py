@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
 from transforms.errors import RequestError, TrainingError
+from transforms.files import is_local, open_file
 from transforms.reading import METRICS, ReadVectors
 from transforms.sampling import priority, stream_key
 from transforms.vectors import NUMPY_TYPES, RejectedVector, SourceSummary, VectorBlock, block_rows, columns
@@ -219,11 +219,9 @@ class ReadVectorsFromParquet(beam.PTransform):
 @contextmanager
 def _open(path: str, column: str | None = None) -> Iterator[pq.ParquetFile]:
     """Opens a file, so that fixed-size lists in `column` that may be null come as plain lists."""
-    raw: Any = path
-    if "://" in path:
-        raw = FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+    raw: Any = path if is_local(path) else open_file(path, "rb")
     try:
-        with pq.ParquetFile(raw, memory_map="://" not in path) as file:
+        with pq.ParquetFile(raw, memory_map=is_local(path)) as file:
             if column is None or not _null_fixed_size_lists(file, column):
                 yield file
                 return

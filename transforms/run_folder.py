@@ -6,13 +6,14 @@ from __future__ import annotations
 import fcntl
 import glob
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from apache_beam.io.filesystems import FileSystems
+
+from transforms import files
 
 _PREFIX = "knn-train-"
 _LOCK = "owner.lock"
@@ -26,13 +27,12 @@ def create(temp_location: str | None) -> Iterator[str]:
     and is removed by the next run in the same place.
     """
     parent = temp_location or tempfile.gettempdir()
-    if "://" in parent:
+    if not files.is_local(parent):
         folder = FileSystems.join(parent, _PREFIX + uuid.uuid4().hex)
         try:
             yield folder
         finally:
-            if FileSystems.exists(folder):
-                FileSystems.delete([folder])
+            files.remove_folder(folder)
         return
     os.makedirs(parent, exist_ok=True)
     _sweep(parent)
@@ -42,7 +42,7 @@ def create(temp_location: str | None) -> Iterator[str]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        files.remove_folder(folder)
 
 
 def _sweep(parent: str) -> None:
@@ -50,6 +50,6 @@ def _sweep(parent: str) -> None:
         try:
             with open(path, "r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+                files.remove_folder(os.path.dirname(path))
         except OSError:
             continue  # its run is alive, or it is somebody else's

@@ -17,6 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from transforms.files import open_file, read_whole
+
 _READ_BYTES = 4 << 20
 
 
@@ -35,9 +37,7 @@ class Spill:
 
     def priorities(self) -> np.ndarray:
         """(rows,) uint64."""
-        with open_file(self.path + ".priorities", "rb") as file:
-            data = file.read()
-        return np.frombuffer(data, "<u8", self.rows)
+        return np.frombuffer(read_whole(self.path + ".priorities"), "<u8", self.rows)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The vectors in order, as (n, columns) matrices of about 4 MB."""
@@ -139,13 +139,3 @@ def _order_ties(priorities: np.ndarray, vectors: np.ndarray) -> None:
         last = int(np.searchsorted(priorities, priorities[first], "right"))
         group = vectors[first:last]
         group[:] = group[sorted(range(len(group)), key=lambda row: group[row].tobytes())]
-
-
-def open_file(path: str, mode: str) -> BinaryIO:
-    """Opens a local path, or any path that Beam's FileSystems know, for reading ('rb') or writing ('wb')."""
-    if "://" not in path:
-        return open(path, mode)  # type: ignore[return-value]
-    from apache_beam.io.filesystems import CompressionTypes, FileSystems
-
-    opener = FileSystems.open if mode == "rb" else FileSystems.create
-    return opener(path, compression_type=CompressionTypes.UNCOMPRESSED)

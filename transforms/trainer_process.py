@@ -24,6 +24,7 @@ from typing import Any
 
 from transforms import spill
 from transforms.errors import TrainingError
+from transforms.files import is_local
 from transforms.request import TrainingRequest
 from transforms.spill import Spill
 
@@ -79,7 +80,7 @@ def train_in_process(job: TrainingJob, progress: Progress) -> TrainingResult:
     Raises:
       TrainingError: the training failed, or the child died; the message says of what.
     """
-    beside = os.path.dirname(job.spills[0].path) if job.spills and "://" not in job.spills[0].path else None
+    beside = os.path.dirname(job.spills[0].path) if job.spills and is_local(job.spills[0].path) else None
     with tempfile.TemporaryDirectory(prefix="trainer-", dir=beside) as folder:
         Path(folder, "job.json").write_text(json.dumps(asdict(job)))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -150,8 +151,8 @@ def run(job: TrainingJob, progress: Progress) -> tuple[bytes, dict[str, Any]]:
     start = time.monotonic()
     faiss_training.check(blob, request, held_out[:16] if len(held_out) else training[:16])
     seconds["check"] = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return blob, {"vectors": len(training), "held_out": len(held_out), "seconds": seconds, "peak_memory": peak}
+    told = {"vectors": len(training), "held_out": len(held_out), "seconds": seconds, "peak_memory": _peak_memory()}
+    return blob, told
 
 
 def main(folder: str) -> None:
@@ -165,6 +166,16 @@ def main(folder: str) -> None:
         reason = "not enough memory" if isinstance(error, MemoryError) else str(error)
         result = {"error": reason}
     Path(folder, "result.json").write_text(json.dumps(result))
+
+
+def _peak_memory() -> int:
+    """Largest resident set of this process in bytes."""
+    try:
+        # Not getrusage where this can be had: its figure starts at what the parent had when it forked.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _tell(stage: str, done: int, total: int) -> None:

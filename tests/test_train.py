@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import train
+from pipelines.options import TrainOptions, body, parse
+from transforms import run_folder
+from transforms.errors import RequestError, TrainingError
+from transforms.model_files import ModelFiles
+
+D, ROWS = 16, 12_000
+RNG = np.random.default_rng(11)
+CENTRES = RNG.standard_normal((50, D))
+VECTORS = (CENTRES[RNG.integers(0, 50, ROWS)] + 0.2 * RNG.standard_normal((ROWS, D))).astype(np.float32)
+REQUEST: dict[str, Any] = {
+    "training_index": "vectors",
+    "training_field": "v",
+    "dimension": D,
+    "method": {
+        "name": "ivf",
+        "engine": "faiss",
+        "space_type": "l2",
+        "parameters": {"nlist": 8, "encoder": {"name": "pq", "parameters": {"m": 4, "code_size": 4}}},
+    },
+}
+SAMPLE = 256 * 16
+
+
+def write_export(folder: Path, files: int = 3, row_group_size: int = 1_000, vectors: np.ndarray = VECTORS) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, part in enumerate(np.array_split(vectors, files)):
+        table = pa.table({"v": pa.FixedSizeListArray.from_arrays(pa.array(part.ravel()), D)})
+        pq.write_table(table, folder / f"{number}.parquet", row_group_size=row_group_size)
+    return f"{folder}/*.parquet"
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_export(tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    (tmp_path / "request.json").write_text(json.dumps(REQUEST))
+    (tmp_path / "temp").mkdir()
+    return tmp_path
+
+
+def arguments(work: Path, export: str, *more: str) -> list[str]:
+    where = ["--parquet", export, "--model_dir", str(work / "models"), "--temp_location", str(work / "temp")]
+    return ["--request", str(work / "request.json"), *where, *more]
+
+
+def start(words: list[str], **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.train", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+# --- a good run ---
+
+
+def test_trains_a_model_that_faiss_trains_from_the_same_rows(
+    work: Path, export: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import faiss
+
+    from transforms.parquet import ParquetVectors
+
+    model = train.run(arguments(work, export, "--model_id", "m1", "--seed", "7"))
+    assert model is not None
+    source = ParquetVectors(export, "v", D, seed=7)
+    blocks = [block for part in source.slices() for block in source.read(part, 1.0, print)]
+    order = np.argsort(np.concatenate([block.priorities for block in blocks]))[:SAMPLE]
+    rows = np.concatenate([block.vectors for block in blocks])[order]
+    index = faiss.index_factory(D, "IVF8,PQ4x4np")
+    index.make_direct_map()
+    index.train(rows)
+    blob = faiss.serialize_index(index).tobytes()
+    assert ModelFiles(str(work / "models")).blob("m1") == blob
+    assert (model["state"], model["provenance"]["vectors_sampled"]) == ("created", SAMPLE)
+    assert model["provenance"]["vectors_in_source"] == ROWS
+    assert model["provenance"]["blob_sha256"] == hashlib.sha256(blob).hexdigest()
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[0]) == {"model_id": "m1"}
+    assert "4,096" in printed.out
+    assert "sample: 4,096 of 12,000 vectors (256 a centroid, which is all that faiss uses)" in printed.err
+    assert os.listdir(work / "temp") == []
+
+
+def sha(work: Path, export: str, *more: str) -> str:
+    model = train.run(arguments(work, export, *more))
+    assert model is not None
+    return model["provenance"]["blob_sha256"]
+
+
+def test_model_is_the_same_however_the_export_is_cut_and_run(work: Path, export: str) -> None:
+    """Over slices, row groups and worker threads."""
+    expected = sha(work, export)
+    from transforms import parquet
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(parquet, "SLICE_BYTES", 1_000 * D * 4)
+        assert sha(work, export) == expected
+    assert sha(work, write_export(work / "again", row_group_size=333)) == expected
+    assert sha(work, export, "--direct_running_mode", "multi_threading", "--direct_num_workers", "4") == expected
+    assert sha(work, export, "--training_threads", "1") == expected
+    assert sha(work, export, "--seed", "1") != expected
+
+
+def test_multi_processing_gives_the_same_model(work: Path, export: str) -> None:
+    modes = ["--direct_running_mode", "multi_processing", "--direct_num_workers", "2"]
+    assert sha(work, export, *modes) == sha(work, export)
+
+
+def test_repeated_bundles_give_the_same_model(work: Path, export: str) -> None:
+    """Every bundle runs three times and only one result counts, as when workers are lost and their bundles retried."""
+    assert sha(work, export, "--direct_runner_bundle_repeat", "2") == sha(work, export)
+
+
+def test_use_all_vectors_and_max_training_vector_count(work: Path, export: str) -> None:
+    few = train.run(arguments(work, export, "--max_training_vector_count", "500"))
+    everything = train.run(arguments(work, export, "--use_all_vectors"))
+    assert few is not None
+    assert everything is not None
+    assert few["provenance"]["vectors_sampled"] == 500
+    assert everything["provenance"]["vectors_sampled"] == ROWS
+
+
+def test_fields_as_flags_instead_of_a_file(work: Path, export: str) -> None:
+    flags = ["--dimension", str(D), "--method", json.dumps(REQUEST["method"]), "--vector_column", "v"]
+    where = ["--parquet", export, "--model_dir", str(work / "models")]
+    model = train.run([*flags, *where])
+    assert model is not None
+    assert model["provenance"]["blob_sha256"] == sha(work, export)
+
+
+def test_flags_win_over_the_file(work: Path, export: str) -> None:
+    model = train.run(arguments(work, export, "--description", "from a flag", "--space_type", "l2"))
+    assert model is not None
+    assert model["description"] == "from a flag"
+
+
+def test_bad_vectors_up_to_a_limit(work: Path) -> None:
+    lists: list[Any] = VECTORS[:5_000].tolist()
+    lists[10], lists[4_000] = [1.0], [float("inf")] * D
+    (work / "bad").mkdir()
+    pq.write_table(pa.table({"v": pa.array(lists, pa.list_(pa.float32()))}), work / "bad" / "a.parquet")
+    export = str(work / "bad" / "*.parquet")
+    with pytest.raises(TrainingError, match=r"^1 bad vector, 0 allowed .*a.parquet row 10: length 1, expected 16$"):
+        train.run(arguments(work, export, "--model_id", "strict", "--use_all_vectors"))
+    assert ModelFiles(str(work / "models")).get("strict")["state"] == "failed"
+    with pytest.raises(TrainingError, match="2 bad vectors, 1 allowed"):
+        train.run(arguments(work, export, "--use_all_vectors", "--max_bad_vectors", "1"))
+    model = train.run(arguments(work, export, "--use_all_vectors", "--max_bad_vectors", "2", "--model_id", "lax"))
+    assert model is not None
+    assert model["provenance"]["vectors_sampled"] == 4_998
+    rejected = (work / "models" / "lax" / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in rejected] == ["row 10", "row 4000"]
+
+
+# --- a dry run ---
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    work: Path, export: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(glob.glob(f"{work}/**", recursive=True))
+    assert train.run(arguments(work, export, "--dry_run")) is None
+    printed = capsys.readouterr().out
+    for part in ("12,000 x 16 float", "4,096 vectors, seed 0", "IVF8,PQ4x4, l2", "MB of memory", "slices"):
+        assert part in printed
+    assert sorted(glob.glob(f"{work}/**", recursive=True)) == before
+
+
+# --- bad requests: exit code 2, one line, nothing written ---
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--modeldir", "x"], "unknown flag --modeldir; did you mean --model_dir?"),
+        (["--runer", "x"], "unknown flag --runer; did you mean --runner?"),
+        (["--zzzz"], "unknown flag --zzzz; see --help"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--dimension", "x"], "argument --dimension: dimension is 'x', which is not JSON"),
+        (["--dimension", "20"], "has vectors of length 16, expected 20"),
+        (["--description", "a, b"], "Model description cannot contain any commas: ','"),
+        (["--space_type", "l1"], 'Cannot specify conflicting space types: "[l2]" "[l1]"'),
+        (
+            ["--method", '{"name": "ivf", "engine": "faiss", "parameters": {"nlist": 20000}}'],
+            "parameter validation failed",
+        ),
+        (
+            ["--method", '{"name": "ivf", "engine": "faiss", "parameters": {"nlist": 13000}}'],
+            "nlist is 13000, but there are",
+        ),
+        (["--max_bad_vectors", "-1"], "must be 0 or more"),
+        (["--opensearch_url", "http://localhost:9"], "give --parquet or --opensearch_url, not both"),
+        (["--query", '{"match_all": {}}'], "--query selects documents of an index"),
+        (["--parquet", "/nowhere/*.parquet"], "no Parquet file matches '/nowhere/*.parquet'"),
+        (["--vector_column", "w"], "no column 'w' in"),
+        (["--model_id", "a/b"], "model_id 'a/b' cannot name a folder"),
+        (["--request", "/nowhere.json"], "cannot read request '/nowhere.json'"),
+        (["--reader", "magic"], "argument --reader: invalid choice: 'magic'"),
+        (["--target_version", "1.0"], "1.0"),
+    ],
+)
+def test_bad_requests(
+    work: Path, export: str, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("sys.argv", ["knn-train", *arguments(work, export, *words)])
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert message in printed.err
+    assert printed.err.startswith("error: ")
+    assert len(printed.err.splitlines()) == 1
+    assert printed.out == ""
+    assert not (work / "models").exists()
+    assert os.listdir(work / "temp") == []
+
+
+def test_too_large_a_table_is_refused_naming_the_issue(work: Path, export: str) -> None:
+    pq_encoder = {"name": "pq", "parameters": {"m": 16, "code_size": 12}}
+    method = {"name": "ivf", "engine": "faiss", "parameters": {"nlist": 10_000, "encoder": pq_encoder}}
+    with pytest.raises(RequestError, match=r"k-NN/issues/3078"):
+        train.run(arguments(work, export, "--method", json.dumps(method)))
+
+
+def test_no_model_dir(work: Path, export: str) -> None:
+    with pytest.raises(RequestError, match="say where the model goes: --model_dir FOLDER"):
+        train.run(["--request", str(work / "request.json"), "--parquet", export])
+
+
+def test_an_existing_id_is_refused_and_left_alone(work: Path, export: str) -> None:
+    train.run(arguments(work, export, "--model_id", "m1"))
+    before = ModelFiles(str(work / "models")).get("m1")
+    with pytest.raises(RequestError, match='Model with id="m1" already exists'):
+        train.run(arguments(work, export, "--model_id", "m1"))
+    assert ModelFiles(str(work / "models")).get("m1") == before
+    again = train.run(arguments(work, export, "--model_id", "m1", "--overwrite", "--seed", "2"))
+    assert again is not None
+    assert again["provenance"]["seed"] == 2
+
+
+def test_duplicate_keys_in_the_file_are_seen(work: Path, export: str) -> None:
+    (work / "request.json").write_text(json.dumps(REQUEST)[:-1] + ', "dimension": 16}')
+    with pytest.raises(RequestError, match="Duplicate field 'dimension'"):
+        train.run(arguments(work, export))
+
+
+# --- failed runs: exit code 1, one line, the model says why ---
+
+
+def test_a_dead_trainer_fails_the_model(work: Path, export: str) -> None:
+    fields = json.dumps({**REQUEST["method"], "parameters": {"nlist": 3_000}})
+    child = start([*arguments(work, export, "--model_id", "m1", "--use_all_vectors"), "--method", fields])
+    deadline = time.monotonic() + 60
+    trainer: list[int] = []
+    while not trainer and time.monotonic() < deadline:
+        found = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True, check=False).stdout
+        trainer = [int(pid) for pid in found.split()]
+        time.sleep(0.02)
+    os.kill(trainer[0], signal.SIGKILL)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert errors.splitlines()[-1].startswith("failed: the training process was killed (SIGKILL)")
+    assert "Traceback" not in errors
+    model = ModelFiles(str(work / "models")).get("m1")
+    assert model["state"] == "failed"
+    assert "ran out of memory" in model["error"]
+    assert os.listdir(work / "temp") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_cleans_up(work: Path, export: str, number: int) -> None:
+    fields = json.dumps({**REQUEST["method"], "parameters": {"nlist": 3_000}})
+    child = start([*arguments(work, export, "--model_id", "m1", "--use_all_vectors"), "--method", fields])
+    assert child.stdout is not None
+    child.stdout.readline()  # the model id: the run has begun
+    time.sleep(0.5)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == 1
+    assert re.search(r"^failed: (interrupted|the training process was killed)", errors.splitlines()[-1])
+    assert "Traceback" not in errors
+    assert ModelFiles(str(work / "models")).get("m1")["state"] == "failed"
+    assert os.listdir(work / "temp") == []
+
+
+def test_folder_of_a_killed_run_is_swept_by_the_next(work: Path, export: str) -> None:
+    fields = json.dumps({**REQUEST["method"], "parameters": {"nlist": 3_000}})
+    child = start([*arguments(work, export, "--model_id", "m1", "--use_all_vectors"), "--method", fields])
+    assert child.stdout is not None
+    child.stdout.readline()
+    while not os.listdir(work / "temp"):
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    left = os.listdir(work / "temp")
+    assert len(left) == 1
+    with run_folder.create(str(work / "temp")) as alive:  # a run that lives is not swept
+        sha(work, export)
+        assert os.listdir(work / "temp") == [os.path.basename(alive)]
+    assert os.listdir(work / "temp") == []
+
+
+# --- options ---
+
+
+def test_body_puts_flags_over_the_file() -> None:
+    options = TrainOptions(["--dimension", "3", "--mode", "on_disk"])
+    assert json.loads(body(options, None)) == {"dimension": 3, "mode": "on_disk"}
+    assert json.loads(body(options, '{"dimension": 4, "engine": "faiss"}')) == {
+        "dimension": 3,
+        "mode": "on_disk",
+        "engine": "faiss",
+    }
+    assert body(TrainOptions([]), "{not json") == "{not json"
+
+
+def test_dry_run_is_ours_and_not_beam_s() -> None:
+    options, dry_run = parse(["--dry_run", "--seed", "4", "--runner", "FnApiRunner"])
+    assert dry_run
+    assert options.seed == 4
+
+
+def test_help_lists_our_flags_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["knn-train", "--help"])
+    train.main()
+    printed = capsys.readouterr().out
+    assert "--max_training_vector_count" in printed
+    assert "--dataflow_endpoint" not in printed
