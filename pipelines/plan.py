@@ -125,7 +125,8 @@ def make_plan(options: TrainOptions) -> Plan:
     model_id = check_model_id(request.model_id or random_model_id())
     source = _source(options, request)
     summary = source.summary()
-    request.check_count(summary.count, documents=summary.documents)
+    # The cluster's own minimum is about all documents of the index; a query's share of them says nothing of it.
+    request.check_count(summary.count, documents=None if options.query else summary.documents)
     limit = request.max_training_vector_count
     if not options.use_all_vectors:
         limit = min(limit, request.usable_vectors)

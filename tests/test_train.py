@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 
 from pipelines import train
 from pipelines.options import TrainOptions, body, parse
+from tests.opensearch_server import OpenSearchServer
 from transforms import run_folder
 from transforms.errors import RequestError, TrainingError
 from transforms.model_files import ModelFiles
@@ -325,6 +327,100 @@ def test_folder_of_a_killed_run_is_swept_by_the_next(work: Path, export: str) ->
         sha(work, export)
         assert os.listdir(work / "temp") == [os.path.basename(alive)]
     assert os.listdir(work / "temp") == []
+
+
+# --- from a live cluster ---
+
+
+@pytest.fixture(scope="module")
+def index(opensearch: OpenSearchServer) -> Iterator[OpenSearchServer]:
+    client = opensearch.client()
+    field = {"type": "knn_vector", "dimension": D}
+    settings = {"number_of_shards": 3, "number_of_replicas": 0}
+    client.indices.create(index="vectors", body={"settings": settings, "mappings": {"properties": {"v": field}}})
+    for start_row in range(0, ROWS, 3_000):
+        rows = range(start_row, min(ROWS, start_row + 3_000))
+        actions = [
+            part for row in rows for part in ({"index": {"_id": str(row)}}, {"v": VECTORS[row].tolist(), "n": row})
+        ]
+        assert not client.bulk(index="vectors", body=actions)["errors"]
+    client.indices.refresh(index="vectors")
+    yield opensearch
+    client.indices.delete(index="vectors")
+
+
+def from_cluster(work: Path, server: OpenSearchServer, *more: str) -> Mapping[str, Any]:
+    where = ["--opensearch_url", server.url, "--model_dir", str(work / "models"), "--temp_location", str(work / "temp")]
+    version = ["--target_version", server.version]
+    model = train.run(["--request", str(work / "request.json"), *where, *version, *more])
+    assert model is not None
+    return model
+
+
+def test_trains_from_opensearch(work: Path, index: OpenSearchServer, capsys: pytest.CaptureFixture[str]) -> None:
+    one = from_cluster(work, index, "--model_id", "m1")["provenance"]
+    assert (one["vectors_in_source"], one["vectors_sampled"]) == (ROWS, SAMPLE)
+    assert re.search(r"bytes received +[1-9][\d,]+\n", capsys.readouterr().out)
+    assert ModelFiles(str(work / "models")).get("m1")["model_version"] == index.version
+    # The same model from more slices, small pages, another way of reading, worker threads and repeated bundles.
+    for more in (
+        ["--slices", "7"],
+        ["--search_size", "100"],
+        ["--reader", "source"],
+        ["--slices", "4", "--direct_running_mode", "multi_threading", "--direct_num_workers", "4"],
+        ["--direct_runner_bundle_repeat", "1"],
+    ):
+        assert from_cluster(work, index, *more)["provenance"]["blob_sha256"] == one["blob_sha256"], more
+    assert from_cluster(work, index, "--seed", "1")["provenance"]["blob_sha256"] != one["blob_sha256"]
+
+
+def test_trains_on_what_a_query_finds(work: Path, index: OpenSearchServer) -> None:
+    query = json.dumps({"range": {"n": {"lt": 2_000}}})
+    told = from_cluster(work, index, "--query", query)["provenance"]
+    assert (told["vectors_in_source"], told["vectors_sampled"]) == (2_000, 2_000)
+    assert told["query"] == {"range": {"n": {"lt": 2_000}}}
+
+
+def test_dry_run_contacts_the_cluster_and_leaves_nothing_there(
+    work: Path, index: OpenSearchServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--opensearch_url", index.url, "--target_version", index.version]
+    assert train.run(["--request", str(work / "request.json"), *where, "--dry_run"]) is None
+    assert "12,000 x 16 float" in capsys.readouterr().out
+    stats = index.client().nodes.stats(metric="indices")["nodes"].values()
+    assert sum(node["indices"]["search"]["open_contexts"] for node in stats) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--training_index", "nope"], 2, 'error: Index "nope" does not exist.'),
+        (["--training_field", "n"], 2, 'error: Field "n" is not of type knn_vector.'),
+        (["--training_field", "w"], 2, 'error: Field "w" does not exist.'),
+        (["--dimension", "32"], 2, "which is different from dimension specified in the training request: 32"),
+        (["--opensearch_url", "http://localhost:9"], 1, "cannot be reached: connection refused"),
+        (["--opensearch_url", "http://user:secret@localhost:9"], 2, "OPENSEARCH_"),
+    ],
+)
+def test_what_does_not_fit_the_cluster(
+    work: Path,
+    index: OpenSearchServer,
+    words: list[str],
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = ["--opensearch_url", index.url, "--model_dir", str(work / "models"), "--target_version", index.version]
+    monkeypatch.setattr("sys.argv", ["knn-train", "--request", str(work / "request.json"), *where, *words])
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    printed = capsys.readouterr()
+    assert caught.value.code == code
+    assert message in printed.err
+    assert "secret" not in printed.err
+    assert "Traceback" not in printed.err
+    assert not (work / "models").exists()
 
 
 # --- options ---
