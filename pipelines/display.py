@@ -38,7 +38,7 @@ class _Lines:
         with self._lock:
             self._started.setdefault(stage, time.monotonic())
             done = self._done[stage] = self._done.get(stage, 0) + amount
-        if done == self._totals.get(stage):
+        if stage != "read" and done == self._totals.get(stage):  # how many are read is an estimate until all are
             self._ended(stage, done)
 
     def report(self, stage: str, done: int, total: int) -> None:
@@ -73,7 +73,11 @@ class _Bars:
             return self._tasks[stage]
 
     def advance(self, stage: str, amount: int) -> None:
-        self._bars.advance(self._task(stage, self._totals.get(stage)), amount)
+        task = self._task(stage, self._totals.get(stage))
+        self._bars.advance(task, amount)
+        if stage == "slices" and "read" in self._tasks and self._bars.tasks[task].finished:
+            vectors = self._tasks["read"]  # how many there would be was an estimate
+            self._bars.update(vectors, total=self._bars.tasks[vectors].completed)
 
     def report(self, stage: str, done: int, total: int) -> None:
         self._bars.update(self._task(stage, total), completed=done, total=total)

@@ -72,6 +72,10 @@ class Plan:
         row = columns(self.request.dimension, self.request.data_type) * NUMPY_TYPES[self.request.data_type].itemsize + 8
         return int(min(self.summary.count, self.keep * self.summary.count + 1) * row)
 
+    def totals(self) -> dict[str, int]:
+        """How much there is of what readers count as they go."""
+        return {"slices": self.slices, "read": round(self.keep * self.summary.count)}
+
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (what, how much), for people."""
         request, summary = self.request, self.summary

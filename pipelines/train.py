@@ -69,7 +69,7 @@ def _train(plan: Plan, options: TrainOptions, files: ModelFiles) -> Mapping[str,
     start = time.monotonic()
     temp_location = options.view_as(GoogleCloudOptions).temp_location
     try:
-        with _cancel_on_signals(), run_folder.create(temp_location) as folder, display.live({"slices": plan.slices}):
+        with _cancel_on_signals(), run_folder.create(temp_location) as folder, display.live(plan.totals()):
             if options.view_as(StandardOptions).runner is None:
                 options.view_as(StandardOptions).runner = LOCAL_RUNNER
             with _quiet_beam():
