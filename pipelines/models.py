@@ -1,48 +1,243 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`knn-models`: what the k-NN plugin's Get, Search and Delete Model APIs are for a cluster, for models in files.
+"""`knn-models`: looks after trained models, in files (--model_dir) and in clusters (--opensearch_url).
 
 knn-models list --model_dir models
-knn-models get MODEL_ID --model_dir models
-knn-models delete MODEL_ID --model_dir models
+knn-models publish MODEL_ID --model_dir models --opensearch_url https://localhost:9200
+knn-models export MODEL_ID --opensearch_url https://old:9200 --model_dir models
+
+User, password and certificates of a cluster come from OPENSEARCH_* variables.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, Protocol
+
+import numpy as np
 
 from pipelines import display
+from transforms.codebooks import Codebooks, difference, distances
 from transforms.errors import RequestError, TrainingError
+from transforms.model import TrainedModel, blob_digest
 from transforms.model_files import ModelFiles
+from transforms.opensearch import OpenSearchConnection, Session, model_index, temporary_index
+from transforms.opensearch.moving import request_of
+from transforms.opensearch.publishing import cleanup, publish, unfinished
+from transforms.opensearch.routes import ROUTES
+from transforms.opensearch.session import LAUNCHER_ATTEMPTS
+from transforms.request import MAX_BLOB_BYTES
+from transforms.vectors import NUMPY_TYPES, columns
+
+#: What `compare` looks at beside the codebooks.
+_COMPARED = ("dimension", "space_type", "data_type", "model_definition", "mode", "compression_level", "model_version")
+
+
+class Place(Protocol):
+    """Where models are."""
+
+    def get(self, model_id: str) -> dict[str, Any]: ...
+
+    def blob(self, model_id: str) -> bytes: ...
+
+    def list(self) -> list[dict[str, Any]]: ...
+
+    def delete(self, model_id: str) -> None: ...
+
+
+class Cluster:
+    """The models of a cluster, with the methods of `ModelFiles`."""
+
+    def __init__(self, connection: OpenSearchConnection):
+        self.url = connection.url
+        self.session = Session(connection, LAUNCHER_ATTEMPTS)
+
+    def get(self, model_id: str) -> dict[str, Any]:
+        """The Get Model API's answer with the blob's size and hash in its place, and what the cluster state says."""
+        found = model_index.get_model(self.session, model_id)
+        if found is None:
+            raise RequestError(f'Model "{model_id}" does not exist in {self.url}')
+        blob = model_index.blob_of(found)
+        del found["model_blob"]
+        found |= blob_digest(blob)
+        try:
+            registration = model_index.registration(self.session, model_id)
+            found["registration"] = None if registration is None else registration.text
+        except model_index.NotPermitted:
+            found["registration"] = "not shown: this user lacks cluster:monitor/state"
+        return found | _unfinished_note(self._begun().get(model_id))
+
+    def blob(self, model_id: str) -> bytes:
+        return model_index.fetch(self.session, model_id).blob or b""
+
+    def list(self) -> list[dict[str, Any]]:
+        begun = self._begun()
+        models = model_index.list_models(self.session)
+        for model in models:
+            model["model_definition"] = json.loads(model.get("model_definition") or '{"name": ""}')
+            model |= _unfinished_note(begun.get(model["model_id"]))
+        return models
+
+    def _begun(self) -> dict[str, temporary_index.TemporaryIndex]:
+        try:
+            return unfinished(self.session)
+        except model_index.NotPermitted:  # whoever may only read models is not shown what runs left
+            return {}
+
+    def delete(self, model_id: str) -> None:
+        if not model_index.delete_model(self.session, model_id):
+            raise RequestError(f"Unable to delete model [{model_id}]. Model does not exist")
+
+
+def _unfinished_note(index: temporary_index.TemporaryIndex | None) -> dict[str, str]:
+    if index is None:
+        return {}
+    return {"unfinished": f"publication begun {index.started} ({index.name}); do not use, publish again or cleanup"}
 
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Runs `knn-models`. Raises RequestError or TrainingError."""
     given = _parser().parse_args(argv)
-    files = ModelFiles(given.model_dir)
-    if given.command == "get":
-        _print_json(files.get(given.model_id))
-    elif given.command == "delete":
-        files.delete(given.model_id)
-        _print_json({"model_id": given.model_id, "result": "deleted"})
-    elif sys.stdout.isatty():
-        display.columns(("model_id", "state", "method", "dimension", "timestamp"), map(_row, files.list()))
+    _COMMANDS[given.command](given)
+
+
+# --- the commands --------------------------------------------------------------------------------------------------
+
+
+def _get(given: argparse.Namespace) -> None:
+    _print_json(_place(given).get(given.model_id))
+
+
+def _list(given: argparse.Namespace) -> None:
+    models = _place(given).list()
+    if sys.stdout.isatty():
+        display.columns(("model_id", "state", "method", "dimension", "timestamp"), map(_row, models))
     else:
-        _print_json(files.list())
+        _print_json(models)
+
+
+def _delete(given: argparse.Namespace) -> None:
+    _place(given).delete(given.model_id)
+    _print_json({"model_id": given.model_id, "result": "deleted"})
+
+
+def _export(given: argparse.Namespace) -> None:
+    cluster, files = _cluster(given), ModelFiles(given.model_dir)
+    model = model_index.fetch(cluster.session, given.model_id)
+    model = replace(model, provenance={**model.provenance, "source": cluster.url})
+    files.claim(model.model_id, model.json() | {"state": "training"}, given.overwrite)
+    files.write(model)
+    _print_json({"model_id": model.model_id, "path": files.path(model.model_id), **blob_digest(model.blob or b"")})
+
+
+def _publish(given: argparse.Namespace) -> None:
+    files, cluster = ModelFiles(given.model_dir), _cluster(given)
+    described = files.get(given.model_id)
+    blob = files.blob(given.model_id)
+    metadata = {name: value for name, value in described.items() if name not in ("model_id", "provenance")}
+    model = TrainedModel(given.new_id or given.model_id, metadata, blob)
+    version = model_index.cluster_version(cluster.session)
+    request = request_of(metadata, version)
+    sample = None if given.sample is None else _sample(given.sample, request.dimension, request.data_type)
+    result = publish(
+        cluster.session,
+        model,
+        request,
+        sample,
+        given.route,
+        given.preference,
+        given.verify,
+        given.allow_large_model,
+    )
+    for warning in result.warnings:
+        display.say(f"warning: {warning}")
+    _print_json(asdict(result))
+
+
+def _compare(given: argparse.Namespace) -> None:
+    first = ModelFiles(given.model_dir) if given.model_dir else _cluster(given)
+    second = _cluster(given) if given.opensearch_url else first
+    one, two = first.get(given.model_id), second.get(given.other_id)
+    fields = {name: [one.get(name), two.get(name)] for name in _COMPARED if one.get(name) != two.get(name)}
+    blobs = first.blob(given.model_id), second.blob(given.other_id)
+    left, right = (Codebooks.of(blob) for blob in blobs)
+    _print_json(
+        {
+            "same_blob": blobs[0] == blobs[1],
+            "same_codebooks": difference(left, right) is None,
+            "codebooks": difference(left, right) or "equal",
+            "mean_distance_to_nearest": distances(left, right),
+            "different_fields": fields,
+        }
+    )
+
+
+def _usage(given: argparse.Namespace) -> None:
+    _print_json(model_index.usage(_cluster(given).session, given.model_id))
+
+
+def _cleanup(given: argparse.Namespace) -> None:
+    session = _cluster(given).session
+    found = temporary_index.find(session, given.model_id)
+    if given.delete:
+        _print_json([cleanup(session, index) for index in found])
+        return
+    begun = unfinished(session)
+    _print_json([{**asdict(index), "unfinished_model": index.model_id in begun} for index in found])
+
+
+# --- flags ---------------------------------------------------------------------------------------------------------
+
+_COMMANDS = {
+    "get": _get,
+    "list": _list,
+    "delete": _delete,
+    "export": _export,
+    "publish": _publish,
+    "compare": _compare,
+    "usage": _usage,
+    "cleanup": _cleanup,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("knn-models", description="Look after trained models.")
+    parser = _Parser("knn-models", description="Look after trained models, in files and in clusters.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for name, text in (("get", "print a model's description"), ("delete", "remove a model")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("model_id")
-        command.add_argument("--model_dir", required=True, help="folder of models, on any Beam filesystem")
-    command = commands.add_parser("list", help="all models: a table on a terminal, JSON elsewhere")
-    command.add_argument("--model_dir", required=True, help="folder of models, on any Beam filesystem")
+
+    def command(name: str, text: str, *ids: str, files: bool | None = None, cluster: bool | None = None) -> Any:
+        """A command; `files` and `cluster`: it needs that place (True), has no use for it (False), or may have it."""
+        added = commands.add_parser(name, help=text, description=text)
+        for model_id in ids:
+            added.add_argument(model_id.strip("?"), nargs="?" if model_id.endswith("?") else None)
+        if files is not False:
+            added.add_argument("--model_dir", required=bool(files), help="folder of models, on any Beam filesystem")
+        if cluster is not False:
+            added.add_argument("--opensearch_url", metavar="URL", help="cluster (default: $OPENSEARCH_URL)")
+        return added.add_argument
+
+    command("get", "print a model's description", "model_id")
+    command("list", "all models: a table on a terminal, JSON elsewhere")
+    command("delete", "remove a model", "model_id")
+    flag = command("export", "copy a model from a cluster to files", "model_id", files=True)
+    flag("--overwrite", action="store_true", help="replace the files of a model with the same id")
+    flag = command("publish", "put a model from files into a cluster", "model_id", files=True)
+    flag("--new_id", help="id in the cluster (default: the same)")
+    flag("--route", choices=ROUTES, default="auto", help="how (default: the best that is possible; it says why)")
+    flag("--preference", "--node_id", help="data node that should train")
+    flag("--sample", metavar="FILE.npy", help="(n, columns) vectors for the route delegate")
+    flag("--no_verify", dest="verify", action="store_false", help="do not try the model in a mapping and a search")
+    flag("--allow_large_model", action="store_true", help=f"publish more than {MAX_BLOB_BYTES:,} bytes")
+    text = "how two models differ; with both places, the first is in the files and the second in the cluster"
+    command("compare", text, "model_id", "other_id")
+    command("usage", "which indices and fields use a model, or any model", "model_id?", files=False)
+    text = "temporary indices and unfinished models that interrupted runs left; lists them"
+    flag = command("cleanup", text, "model_id?", files=False)
+    flag("--delete", action="store_true", help="remove them; make sure that no run is alive")
     return parser
 
 
@@ -51,9 +246,36 @@ class _Parser(argparse.ArgumentParser):
         raise RequestError(f"{message}; see knn-models --help")
 
 
+def _place(given: argparse.Namespace) -> Place:
+    if given.model_dir and given.opensearch_url:
+        raise RequestError("give --model_dir or --opensearch_url, not both")
+    if given.model_dir:
+        return ModelFiles(given.model_dir)
+    if not given.opensearch_url and not os.environ.get("OPENSEARCH_URL"):
+        raise RequestError("say where the models are: --model_dir FOLDER or --opensearch_url URL")
+    return _cluster(given)
+
+
+def _cluster(given: argparse.Namespace) -> Cluster:
+    url = {"url": given.opensearch_url} if given.opensearch_url else {}
+    return Cluster(OpenSearchConnection.from_env(**url))
+
+
+def _sample(path: str, dimension: int, data_type: str) -> np.ndarray:
+    try:
+        vectors = np.load(path)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--sample {path} cannot be read: {error}") from None
+    width, dtype = columns(dimension, data_type), NUMPY_TYPES[data_type]
+    if vectors.ndim != 2 or vectors.shape[1] != width or vectors.dtype != dtype:
+        raise RequestError(f"--sample {path} has {vectors.shape} {vectors.dtype}, expected (n, {width}) {dtype}")
+    return vectors
+
+
 def _row(model: Mapping[str, Any]) -> tuple[str, ...]:
     method = model.get("provenance", {}).get("index_description") or model["model_definition"]["name"]
-    return model["model_id"], model["state"], method, str(model["dimension"]), model["timestamp"]
+    state = model["state"] + (", unfinished" if "unfinished" in model else "")
+    return model["model_id"], state, method, str(model["dimension"]), model["timestamp"]
 
 
 def _print_json(value: Any) -> None:
@@ -61,7 +283,8 @@ def _print_json(value: Any) -> None:
 
 
 def main() -> None:
-    """The console script: exit code 2 for a bad request, 1 for a failure."""
+    """The console script: exit code 2 for a bad request, 1 for a failure, 130 for Ctrl-C or a polite kill."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run()
     except RequestError as error:
@@ -70,6 +293,9 @@ def main() -> None:
     except TrainingError as error:
         display.say(f"failed: {error}")
         sys.exit(1)
+    except KeyboardInterrupt:
+        display.say("interrupted")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -110,26 +110,29 @@ def difference(wanted: Codebooks, found: Codebooks) -> str | None:
 
 
 def distances(one: Codebooks, two: Codebooks) -> dict[str, float]:
-    """How far apart two models are: for each part, the mean distance of a row of `one` to the nearest row of `two`.
+    """How far apart the centroids and the codewords of two models are: mean distance of one's to the nearest of `two`.
 
     Euclidean, as a share of the mean norm of `one`'s rows; for binary centroids the share of the bits that differ.
     """
-    found = {}
+    found: dict[str, list[float]] = {}
     for name, left, right in _parts(one, two):
         if left.shape[1] != right.shape[1]:
             continue
         if left.dtype == np.uint8:
             left, right = (np.unpackbits(bits, axis=1).astype(np.float32) for bits in (left, right))
-            found[name] = float((_nearest(left, right) ** 2).mean()) / left.shape[1]
+            distance = float((_nearest(left, right) ** 2).mean()) / left.shape[1]
         else:
-            found[name] = float(_nearest(left, right).mean()) / (float(np.linalg.norm(left, axis=1).mean()) or 1.0)
-    return found
+            distance = float(_nearest(left, right).mean()) / (float(np.linalg.norm(left, axis=1).mean()) or 1.0)
+        found.setdefault(name.partition(" of ")[0], []).append(distance)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _nearest(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(n,) distance of each row of `left` to the nearest row of `right`."""
     index = faiss.IndexFlatL2(left.shape[1])
     index.add(np.ascontiguousarray(right))
-    return np.sqrt(np.maximum(index.search(np.ascontiguousarray(left), 1)[0][:, 0], 0))
+    nearest = right[index.search(np.ascontiguousarray(left), 1)[1][:, 0]]
+    return np.linalg.norm(left - nearest, axis=1)  # faiss's own distances are not exact
 
 
 def _parts(one: Codebooks, two: Codebooks) -> list[tuple[str, np.ndarray, np.ndarray]]:
