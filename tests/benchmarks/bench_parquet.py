@@ -61,7 +61,7 @@ def main() -> None:
     given = parser.parse_args()
     pattern = make_data(given.data / str(given.rows), given.rows)
     size = min(given.rows, 256 * max(given.nlist, 256))
-    walls, over, peaks, same, trainings = [], [], [], [], []
+    walls, over, peaks, same, trainings, ratios = [], [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(given.pairs):
             theirs = bare(pattern, given.nlist, size)
@@ -70,9 +70,11 @@ def main() -> None:
             walls.append(mine.seconds / theirs.seconds)
             over.append(mine.seconds - 1.15 * theirs.seconds)
             peaks.append(mine.peak_bytes / theirs.peak_bytes)
+            found = re.search(r"read .*? s, train (.*?) s", theirs.output)
+            assert found is not None
             trainings.append(told["seconds"]["train"])
-            found = re.search(r"read .*? s, train .*? s", theirs.output)
-            print(f"bare {theirs.seconds:6.2f} s {theirs.peak_bytes / 1e6:6.0f} MB  ({found and found.group()})")
+            ratios.append(trainings[-1] / float(found[1]))
+            print(f"bare {theirs.seconds:6.2f} s {theirs.peak_bytes / 1e6:6.0f} MB  ({found[0]})")
             print(
                 f"ours {mine.seconds:6.2f} s {mine.peak_bytes / 1e6:6.0f} MB  (train {trainings[-1]:.2f} s)", flush=True
             )
@@ -80,7 +82,8 @@ def main() -> None:
     print(
         f"{given.rows:,} x {DIMENSION}, nlist {given.nlist}, PQ {M}, sample {size:,}: median of {given.pairs} pairs: "
         f"wall {statistics.median(walls):.3f} x bare ({statistics.median(over):+.2f} s against 1.15 x bare), "
-        f"peak memory {statistics.median(peaks):.3f} x bare, training {statistics.median(trainings):.2f} s, "
+        f"peak memory {statistics.median(peaks):.3f} x bare, training {statistics.median(trainings):.2f} s "
+        f"({statistics.median(ratios):.3f} x bare), "
         f"same SHA-256: {all(same)}"
     )
 

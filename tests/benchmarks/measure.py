@@ -14,7 +14,7 @@ import psutil
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds, the peak of the whole process tree's memory in bytes (sum of resident set sizes), and what was printed."""
+    """Seconds, the peak memory of the process tree in bytes (sum of resident set sizes), and what was printed."""
 
     seconds: float
     peak_bytes: int
