@@ -191,9 +191,12 @@ def _quiet_beam() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    prism = logging.getLogger("PrismJobServer")  # whose level Beam sets itself when it starts the server
+    prism.disabled = True
     try:
         yield
     finally:
+        prism.disabled = False
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
@@ -203,6 +206,8 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print_help()
         return
+    # When we exit, Beam warns that it "really destroys" the job servers that it started.
+    logging.getLogger("apache_beam.utils.subprocess_server").setLevel(logging.ERROR)
     try:
         run()
     except RequestError as error:
