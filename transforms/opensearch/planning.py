@@ -8,6 +8,7 @@ a request, `indices:admin/shards/search_shards`; `indices:data/read/point_in_tim
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 from collections.abc import Sequence
@@ -26,7 +27,6 @@ from transforms.opensearch.session import ServerError, Session, check_shards
 
 #: A slice is what is read again after a worker is lost.
 VECTORS_PER_SLICE = 1_000_000
-#: Smaller slices cost more in requests than they gain.
 _SMALLEST_SLICE = 10_000
 _LEAST_SLICES = 4
 
@@ -266,19 +266,38 @@ def _split(shards: Sequence[_Shard], readers: dict[str, Reader], without: int, s
     """Cuts the shards into slices of about equal numbers of documents."""
     total = sum(shard.documents for shard in shards)
     wanted = slices or max(_LEAST_SLICES, math.ceil(total / VECTORS_PER_SLICE))
+    # The shard with the largest slices is cut once more until there are enough. Small slices cost more than they gain.
+    parts = [1] * len(shards)
+    heap = [(-shard.documents, at) for at, shard in enumerate(shards)]
+    heapq.heapify(heap)
+    missing = wanted - len(shards)
+    while missing > 0 and heap:
+        _, at = heapq.heappop(heap)
+        documents, span = shards[at].documents, shards[at].last - shards[at].first + 1
+        most = documents if slices else math.ceil(documents / _SMALLEST_SLICE)
+        if parts[at] < min(most, span):
+            parts[at] += 1
+            missing -= 1
+            heapq.heappush(heap, (-documents / parts[at], at))
     result: list[Slice] = []
-    for shard in shards:
-        most = shard.documents if slices else math.ceil(shard.documents / _SMALLEST_SLICE)
+    for shard, count in zip(shards, parts, strict=True):
         span = shard.last - shard.first + 1
-        parts = max(1, min(most, span, math.ceil(wanted * shard.documents / total)))
-        edges = [shard.first + span * part // parts for part in range(parts + 1)]
+        edges = [shard.first + span * part // count for part in range(count + 1)]
+        reader = readers[shard.index].name
+        documents = math.ceil(shard.documents / count)
         for first, end in pairwise(edges):
-            reader = readers[shard.index].name
-            count = math.ceil(shard.documents / parts)
             counted = without if not result else 0
             result.append(
                 Slice(
-                    shard.index, shard.number, first, end - 1, count, shard.field, reader, shard.alias_filter, counted
+                    shard.index,
+                    shard.number,
+                    first,
+                    end - 1,
+                    documents,
+                    shard.field,
+                    reader,
+                    shard.alias_filter,
+                    counted,
                 )
             )
     return result
