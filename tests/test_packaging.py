@@ -68,7 +68,7 @@ def test_no_registry_is_named_anywhere() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    hosts = re.compile("|".join(["py" + r"pi\.org", "pythonhosted", r"maven\.org", "proxy" + r"\.golang"]))
+    hosts = re.compile("|".join(["py" + r"pi\.org", "python" + "hosted", r"maven\.org", "proxy" + r"\.golang"]))
     found = [
         name for name in listed.stdout.split("\n") if name and hosts.search((ROOT / name).read_text(errors="ignore"))
     ]

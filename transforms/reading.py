@@ -74,8 +74,8 @@ class _ReadSlice(beam.DoFn):
                 progress.advance("read", len(block))
                 self._block_rows.update(len(block))
                 yield block
-        self._vectors_rejected.inc(len(limit.rejected))
         for bad in limit.rejected:
+            self._vectors_rejected.inc()
             yield TaggedOutput(REJECTED, bad)
         self._slices_done.inc()
         progress.advance("slices", 1)
