@@ -28,7 +28,7 @@ def read_whole(path: str) -> bytes:
 
 
 def write_whole(path: str, data: bytes) -> None:
-    """Writes a file that nobody sees a part of: object stores show whole objects, local files are renamed into place."""
+    """Writes a file that nobody sees a part of: object stores show whole ones, local files are renamed into place."""
     if not is_local(path):
         with open_file(path, "wb") as file:
             file.write(data)

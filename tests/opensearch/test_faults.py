@@ -86,9 +86,9 @@ def test_a_server_that_does_not_answer_in_time(index):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (503, r"answers 503 injected: by the test \(8 tries\)$"),
-        ("reset", r"cannot be reached: the connection was cut.* \(8 tries\)$"),
-        (break_a_shard, r"sent an unusable answer: 1 of 1 shards failed: .* \(8 tries\)$"),
+        (503, r"answers 503 injected: by the test \(10 tries\)$"),
+        ("reset", r"cannot be reached: the connection was cut.* \(10 tries\)$"),
+        (break_a_shard, r"sent an unusable answer: 1 of 1 shards failed: .* \(10 tries\)$"),
     ],
 )
 def test_failures_that_last_end_the_read_and_never_shorten_it(index, kind, message):
@@ -140,7 +140,8 @@ def test_a_context_lost_while_reading_is_replaced_without_loss_or_repeats(index)
     assert_no_contexts(index)
 
 
-def test_a_restart_while_reading(opensearch_3):
+def test_a_restart_while_reading(opensearch_3, monkeypatch):
+    monkeypatch.setattr(session, "_FIRST_WAIT_S", 0.25)
     fill(opensearch_3, "restarted", MATRIX)
     source_ = source(opensearch_3, "restarted", 8, search_size=100)
     found = []

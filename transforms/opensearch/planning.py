@@ -268,7 +268,7 @@ def _split(shards: Sequence[_Shard], readers: dict[str, Reader], without: int, s
     wanted = slices or max(_LEAST_SLICES, math.ceil(total / VECTORS_PER_SLICE))
     # The shard with the largest slices is cut once more until there are enough. Small slices cost more than they gain.
     parts = [1] * len(shards)
-    heap = [(-shard.documents, at) for at, shard in enumerate(shards)]
+    heap: list[tuple[float, int]] = [(-shard.documents, at) for at, shard in enumerate(shards)]
     heapq.heapify(heap)
     missing = wanted - len(shards)
     while missing > 0 and heap:

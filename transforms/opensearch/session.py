@@ -28,8 +28,8 @@ from transforms.opensearch.connection import OpenSearchConnection
 JSON = "application/json"
 CBOR = "application/cbor"
 
-#: Tries of one request, about half a minute of waiting in all: a node restarts in less.
-ATTEMPTS = 8
+#: Tries of one request, about a minute of waiting in all: a node restarts in less.
+ATTEMPTS = 10
 #: On the launcher a wrong address should not take long to report.
 LAUNCHER_ATTEMPTS = 3
 
