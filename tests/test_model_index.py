@@ -88,6 +88,12 @@ def test_broken_definitions_are_refused(text: str) -> None:
         parse_definition(text)
 
 
+def test_commas_in_the_error_of_a_failed_training_are_read() -> None:
+    text = REGISTERED.replace(",created,", ",failed,").replace("a test,,", "a test,in f(int, float), of x.cpp,")
+    found = Registration.parse(text).fields
+    assert (found["error"], found["model_version"]) == ("in f(int, float), of x.cpp", "2.19.1")
+
+
 @pytest.mark.parametrize("text", ["faiss,l2", REGISTERED + ",more", REGISTERED.replace(",16,", ",x,")])
 def test_broken_registrations_are_refused(text: str) -> None:
     with pytest.raises(TrainingError, match="the registration has"):

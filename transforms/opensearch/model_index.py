@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from transforms.errors import RequestError, TrainingError
-from transforms.model import CREATED, TrainedModel, blob_digest
+from transforms.model import CREATED, FAILED, TrainedModel, blob_digest
 from transforms.opensearch.session import ServerError, Session
 from transforms.request import TrainingRequest
 
@@ -224,8 +224,11 @@ class Registration:
 
     @classmethod
     def parse(cls, text: str) -> Registration:
-        """Raises TrainingError if the plugin could not read it either."""
+        """Raises TrainingError if the plugin could not read it either, commas in a failed training's error aside."""
         values = text.split(",")
+        surplus = len(values) - len(FIELDS)
+        if surplus > 0 and values[3] == FAILED:  # errors of the native library come as they are, commas included
+            values[6 : 7 + surplus] = [",".join(values[6 : 7 + surplus])]
         if not _FEWEST_FIELDS <= len(values) <= len(FIELDS):
             raise TrainingError(
                 f"the registration has {len(values)} fields, expected {_FEWEST_FIELDS} to {len(FIELDS)}: {text!r}"

@@ -38,6 +38,8 @@ _LOG = logging.getLogger("knn_train")
 TRAINING_TIMEOUT_S = 3600.0
 #: Seconds for the registration to follow the document, and for a training to end before its model can be taken back.
 _SETTLE_S = 60.0
+#: Seconds for the same where the user may not see the registration.
+_UNSEEN_S = 2.0
 _LONGEST_POLL_S = 2.0
 #: Fields of the registration that decide what the cluster does with the model.
 _DECISIVE = ("engine", "space_type", "dimension", "state", "data_type", "mode", "compression_level")
@@ -212,7 +214,8 @@ class _Publication:
         except BaseException:
             self._take_back()
             raise
-        for index in self._indices:
+        # All there are, not only our own: the one that a killed run had asked for may have come after we looked.
+        for index in temporary_index.find(self._session, self._model_id):
             if index.is_check or not keep_mark:
                 index.delete(self._session)
         return result
@@ -221,14 +224,14 @@ class _Publication:
 
     def _take_over(self) -> bool:
         """Whether an interrupted run left a model that can be finished. What cannot is removed."""
+        _remove_checks(self._session, self._model_id)
         for index in temporary_index.find(self._session, self._model_id):
             found = model_index.get_model(self._session, self._model_id)
-            if index.is_check or found is None:
+            if found is None:
                 index.delete(self._session)
                 continue
-            if not _younger(
-                found, index
-            ):  # the run died before its training; someone else has taken the id since, or before
+            if not _younger(found, index):
+                # The run died before its training; someone else has taken the id since, or before.
                 index.delete(self._session)
                 continue
             ours = (index.purpose, index.blob_sha256) == (self._choice.route, self._sha256)
@@ -324,7 +327,7 @@ class _Publication:
                 raise TrainingError(f"the cluster arrived at other codebooks than it was given: {problem}")
 
     def _swap(self) -> None:
-        registration = self._registration()
+        registration = _wait_for_registration(self._session, self._model_id)
         if registration is None:
             raise TrainingError(f'model "{self._model_id}" was trained but is not registered')
         self._check_registration(registration)
@@ -336,6 +339,8 @@ class _Publication:
 
     def _check_unused(self, when: str) -> None:
         used = self._usage()
+        if used and _remove_checks(self._session, self._model_id):
+            used = self._usage()
         if used:
             raise TrainingError(
                 f'model "{self._model_id}" is used {when}, by {model_index.show_usage(used)}: delete that first'
@@ -375,8 +380,7 @@ class _Publication:
     def _take_back(self) -> None:
         """After a failure or Ctrl-C: the model first, its mark last."""
         try:
-            for index in [index for index in self._indices if index.is_check]:
-                index.delete(self._session)  # a model in use cannot be deleted
+            _remove_checks(self._session, self._model_id)
             if self._owns_model:
                 _remove_model(self._session, self._model_id)
             for index in self._indices:
@@ -399,22 +403,9 @@ class _Publication:
     def _difference(self, blob: bytes) -> str | None:
         return None if self._expected is None else difference(self._expected, Codebooks.of(blob))
 
-    def _registration(self) -> Registration | None:
-        """The registration, once it says that training has ended: it follows the document."""
-        deadline = time.monotonic() + _SETTLE_S
-        found: Registration | None = None
-        for wait_s in _waits():
-            found = model_index.registration(self._session, self._model_id)
-            if time.monotonic() > deadline or (found is not None and found.state != TRAINING):
-                break
-            if found is None and not self._owns_model:
-                break
-            _sleep(wait_s)
-        return found
-
     def _readable_registration(self) -> Registration | None:
         try:
-            return self._registration()
+            return _wait_for_registration(self._session, self._model_id)
         except NotPermitted:
             self._warn("the registration was not read: this user lacks cluster:monitor/state")
             return None
@@ -476,10 +467,48 @@ def _wait_for_training(session: Session, model_id: str, timeout_s: float) -> Map
 
 
 def _remove_model(session: Session, model_id: str) -> None:
-    """Deletes a model; a training cannot be cancelled, so its end is waited for."""
-    if model_index.get_model(session, model_id) is not None:
-        _wait_for_training(session, model_id, _SETTLE_S)
-        model_index.delete_model(session, model_id)
+    """Deletes a model once the plugin has written all it will write of it.
+
+    A training cannot be cancelled, and its end shows in the document first: deleted in between, the model would be
+    registered again afterwards, without a document, for good.
+    """
+    if model_index.get_model(session, model_id) is None:
+        return
+    _wait_for_training(session, model_id, _SETTLE_S)
+    try:
+        _wait_for_registration(session, model_id)
+    except NotPermitted:
+        time.sleep(_UNSEEN_S)
+    while True:
+        try:
+            model_index.delete_model(session, model_id)
+            return
+        except RequestError:
+            if not _remove_checks(session, model_id):
+                raise
+
+
+def _remove_checks(session: Session, model_id: str) -> bool:
+    """Removes indices that only proved a model usable; whether there were any.
+
+    They use the model, so it could be neither swapped nor deleted. The one that a killed run had asked for can appear
+    after the next run has begun, so this is called wherever one is in the way.
+    """
+    checks = [index for index in temporary_index.find(session, model_id) if index.is_check]
+    for index in checks:
+        index.delete(session)
+    return bool(checks)
+
+
+def _wait_for_registration(session: Session, model_id: str) -> Registration | None:
+    """The registration once it says that training has ended. Raises NotPermitted."""
+    deadline = time.monotonic() + _SETTLE_S
+    for wait_s in _waits():
+        found = model_index.registration(session, model_id)
+        if found is None or found.state != TRAINING or time.monotonic() > deadline:
+            break
+        _sleep(wait_s)
+    return found
 
 
 def _younger(model: Mapping[str, Any], index: TemporaryIndex) -> bool:

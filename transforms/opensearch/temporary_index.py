@@ -96,7 +96,10 @@ class TemporaryIndex:
 
 
 def find(session: Session, model_id: str | None = None) -> list[TemporaryIndex]:
-    """Temporary indices, of one model or all, oldest first; whether their run is alive cannot be told."""
+    """Temporary indices, of one model or all; whether their run is alive cannot be told.
+
+    The order is that in which they are to be removed: first those that use a model, which keep it from being deleted.
+    """
     filter_path = f"*.mappings._meta.{_META},*.settings.index.creation_date"
     answer = call(session, "GET", f"/{PREFIX}*", {"expand_wildcards": "all", "filter_path": filter_path})
     found = []
@@ -109,7 +112,7 @@ def find(session: Session, model_id: str | None = None) -> list[TemporaryIndex]:
         index = TemporaryIndex(name=name, created_ms=created_ms, **told)
         if model_id in (None, index.model_id):
             found.append(index)
-    return sorted(found, key=lambda index: index.started)
+    return sorted(found, key=lambda index: (not index.is_check, index.started))
 
 
 def _bulk_bodies(vectors: np.ndarray, documents: int) -> Iterator[str]:
