@@ -130,10 +130,16 @@ def test_a_context_lost_while_reading_is_replaced_without_loss_or_repeats(index)
     expected, _ = read(source_)
     client = index.client()
     found = []
+    lost = 0
     for part in source_.slices():
         for block in source_.read(part, 1.0, refuse):
             found.append(block.priorities)
-            client.transport.perform_request("DELETE", "/_search/point_in_time/_all")
+            # 2.19 answers 400 when the last context goes while it lists them.
+            answer = client.transport.perform_request(
+                "DELETE", "/_search/point_in_time/_all", params={"ignore": (400, 404)}
+            )
+            lost += len(answer.get("pits", []))
+    assert lost >= 3
     found = np.concatenate(found)
     assert len(found) == len(MATRIX)
     assert np.array_equal(np.sort(found), expected)
