@@ -24,7 +24,7 @@ import numpy as np
 from pipelines import display
 from transforms.codebooks import Codebooks, difference, distances
 from transforms.errors import RequestError, TrainingError
-from transforms.model import TrainedModel, blob_digest
+from transforms.model import TRAINING, TrainedModel, blob_digest
 from transforms.model_files import ModelFiles
 from transforms.opensearch import OpenSearchConnection, Session, model_index, temporary_index
 from transforms.opensearch.moving import request_of
@@ -130,7 +130,7 @@ def _export(given: argparse.Namespace) -> None:
     cluster, files = _cluster(given), ModelFiles(given.model_dir)
     model = model_index.fetch(cluster.session, given.model_id)
     model = replace(model, provenance={**model.provenance, "source": cluster.url})
-    files.claim(model.model_id, model.json() | {"state": "training"}, given.overwrite)
+    files.claim(model.model_id, model.json() | {"state": TRAINING}, given.overwrite)
     files.write(model)
     _print_json({"model_id": model.model_id, "path": files.path(model.model_id), **blob_digest(model.blob or b"")})
 
@@ -257,8 +257,7 @@ def _place(given: argparse.Namespace) -> Place:
 
 
 def _cluster(given: argparse.Namespace) -> Cluster:
-    url = {"url": given.opensearch_url} if given.opensearch_url else {}
-    return Cluster(OpenSearchConnection.from_env(**url))
+    return Cluster(OpenSearchConnection.from_env(url=given.opensearch_url or None))
 
 
 def _sample(path: str, dimension: int, data_type: str) -> np.ndarray:

@@ -187,9 +187,8 @@ def _source(options: TrainOptions, request: TrainingRequest) -> VectorSource:
             request.data_type,
             options.seed,
         )
-    url = {"url": options.opensearch_url} if options.opensearch_url else {}
     return OpenSearchVectors(
-        OpenSearchConnection.from_env(**url),
+        OpenSearchConnection.from_env(url=options.opensearch_url or None),
         request.training_index or "",
         request.training_field,
         request.dimension,

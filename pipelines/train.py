@@ -26,7 +26,7 @@ from pipelines.options import TrainOptions, parse, print_help
 from pipelines.plan import HELD_OUT, Plan, make_plan
 from transforms import progress, run_folder, trainer_process
 from transforms.errors import RequestError, TrainingError
-from transforms.model import CREATED, FAILED, TRAINING, metadata
+from transforms.model import CREATED, FAILED, TRAINING, TrainedModel, metadata
 from transforms.model_files import REJECTED, ModelFiles, WriteToModelFiles, write_rejected
 from transforms.reading import ReadVectors, too_many_bad_vectors
 from transforms.sampling import Sample, SampleVectors
@@ -57,8 +57,7 @@ def run(argv: Sequence[str] | None = None) -> Mapping[str, Any] | None:
         display.table(plan.rows())
         return None
     files = ModelFiles(options.model_dir)
-    claimed = {"model_id": plan.model_id, **metadata(plan.request, TRAINING), "provenance": dict(plan.provenance())}
-    files.claim(plan.model_id, claimed, options.overwrite)
+    files.claim(plan.model_id, _described(plan, TRAINING), options.overwrite)
     print(json.dumps({"model_id": plan.model_id}), flush=True)
     display.say(f"sample: {plan.sample_size:,} of {plan.summary.count:,} vectors ({plan.sample_reason()})")
     display.say(f"reading {plan.summary.name} ({plan.summary.reader})")
@@ -79,9 +78,8 @@ def _train(plan: Plan, options: TrainOptions, files: ModelFiles) -> Mapping[str,
                 result.wait_until_finish()
     except BaseException as error:
         reason = _reason(error)
-        described = {"model_id": plan.model_id, **metadata(plan.request, FAILED, reason)}
         if files.get(plan.model_id)["state"] == TRAINING:
-            files.describe(plan.model_id, {**described, "provenance": dict(plan.provenance())})
+            files.describe(plan.model_id, _described(plan, FAILED, reason))
         if isinstance(error, (RequestError, TrainingError)) or reason != str(error):
             raise TrainingError(reason) from error
         raise
@@ -90,6 +88,10 @@ def _train(plan: Plan, options: TrainOptions, files: ModelFiles) -> Mapping[str,
         raise TrainingError(model["error"] or f"the model is in state {model['state']}")
     display.table(_summary(model, files.path(plan.model_id), time.monotonic() - start, _counters(result)))
     return model
+
+
+def _described(plan: Plan, state: str, error: str = "") -> dict[str, Any]:
+    return TrainedModel(plan.model_id, metadata(plan.request, state, error), None, plan.provenance()).json()
 
 
 def build(pipeline: beam.Pipeline, plan: Plan, options: TrainOptions, folder: str) -> None:

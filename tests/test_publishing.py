@@ -26,7 +26,7 @@ from tests.opensearch_server import OpenSearchServer
 from tests.publish_cases import CASES, DIMENSION, Case
 from transforms.codebooks import Codebooks, difference
 from transforms.errors import RequestError, TrainingError
-from transforms.model import CREATED, FAILED, TrainedModel, metadata, random_model_id
+from transforms.model import CREATED, FAILED, TrainedModel, metadata, random_model_id, sha256
 from transforms.opensearch import OpenSearchConnection, Session, model_index, publishing, temporary_index
 from transforms.opensearch.model_index import MODEL_INDEX, get_model
 from transforms.opensearch.publishing import PublishResult, cleanup, publish, unfinished
@@ -102,7 +102,7 @@ def test_every_route_for_every_kind_of_model(
 
     found = model_index.fetch(session, it.model.model_id)
     assert found.blob is not None
-    assert result.blob_sha256 == model_index.sha256(found.blob)
+    assert result.blob_sha256 == sha256(found.blob)
     assert result.exact == ((route, name) != (REPLAY, "byte"))  # delegates too: the bridge trains as we do
     if route == SWAP:
         assert found.blob == it.model.blob
@@ -137,7 +137,7 @@ def test_published_bytes_survive_minus_zero_and_tiny_numbers(session: Session) -
     blob[at : at + odd.nbytes] = odd.tobytes()
     result = publish(session, replace(it.model, blob=bytes(blob)), it.request, route=REPLAY)
     assert result.exact
-    assert result.blob_sha256 == model_index.sha256(bytes(blob))
+    assert result.blob_sha256 == sha256(bytes(blob))
 
 
 def test_auto_takes_the_best_route_there_is() -> None:

@@ -81,6 +81,11 @@ def metadata(request: TrainingRequest, state: str, error: str = "") -> dict[str,
     return fields
 
 
+def sha256(blob: bytes) -> str:
+    """The hexadecimal digest that says which blob is meant."""
+    return hashlib.sha256(blob).hexdigest()
+
+
 def blob_digest(blob: bytes) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a blob, as provenance states them."""
-    return {"blob_bytes": len(blob), "blob_sha256": hashlib.sha256(blob).hexdigest()}
+    return {"blob_bytes": len(blob), "blob_sha256": sha256(blob)}

@@ -8,7 +8,6 @@ finds a complete blob.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -21,13 +20,11 @@ from apache_beam.metrics import Metrics
 
 from transforms import files
 from transforms.errors import RequestError, TrainingError
-from transforms.model import CREATED, TRAINING, TrainedModel
+from transforms.model import CREATED, TRAINING, TrainedModel, sha256
 from transforms.reading import METRICS
+from transforms.request_body import MAX_MODEL_ID_BYTES
 
 BLOB, DESCRIPTION, REJECTED = "model.faiss", "model.json", "rejected.jsonl"
-
-#: OpenSearch's limit for a document's `_id`, in UTF-8 bytes.
-MAX_ID_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class ModelFiles:
             raise RequestError(f'Model "{model_id}" is in state {description["state"]}, not created')
         blob = files.read_whole(self.path(model_id, BLOB))
         wanted = description.get("provenance", {}).get("blob_sha256")
-        if wanted not in (None, hashlib.sha256(blob).hexdigest()):
+        if wanted not in (None, sha256(blob)):
             raise TrainingError(
                 f"{self.path(model_id, BLOB)} does not have the SHA-256 that {DESCRIPTION} states: {wanted}"
             )
@@ -171,8 +168,10 @@ class _WriteFn(beam.DoFn):
 
 def check_model_id(model_id: str) -> str:
     """`model_id` if it can name a document and a folder; RequestError otherwise."""
-    if not model_id or len(model_id.encode()) > MAX_ID_BYTES:
-        raise RequestError(f"model_id {model_id!r} has {len(model_id.encode())} bytes, expected 1 to {MAX_ID_BYTES}")
+    if not model_id or len(model_id.encode()) > MAX_MODEL_ID_BYTES:
+        raise RequestError(
+            f"model_id {model_id!r} has {len(model_id.encode())} bytes, expected 1 to {MAX_MODEL_ID_BYTES}"
+        )
     if model_id in (".", "..") or any(c in model_id for c in "/\\*?[") or not model_id.isprintable():
         raise RequestError(
             f"model_id {model_id!r} cannot name a folder: it is . or .. or has one of / \\ * ? [ or a control character"

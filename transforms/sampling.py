@@ -149,9 +149,10 @@ class ReservoirFn(beam.CombineFn):
     def compact(self, accumulator: Sample) -> Sample:
         if accumulator.rows <= 2 * self._size:
             return accumulator
-        threshold = spill.smallest(accumulator.spills, self._size, accumulator.threshold)
-        kept = tuple(part for part in accumulator.spills if part.priorities().min() <= np.uint64(threshold))
-        return Sample(self._size, kept, threshold)
+        priorities = [part.priorities() for part in accumulator.spills]
+        threshold = spill.smallest(priorities, self._size, accumulator.threshold)
+        kept = (part for part, own in zip(accumulator.spills, priorities, strict=True) if own.min() <= threshold)
+        return Sample(self._size, tuple(kept), threshold)
 
     def extract_output(self, accumulator: Sample) -> Sample:
         return self.compact(accumulator)

@@ -86,14 +86,14 @@ class SpillWriter:
         return Spill(self._path, self._rows, self._columns, self._dtype)
 
 
-def smallest(spills: Sequence[Spill], size: int, below: int = 2**64 - 1) -> int:
+def smallest(priorities: Sequence[np.ndarray], size: int, below: int = 2**64 - 1) -> int:
     """The `size`-th smallest of the priorities not above `below`; `below` if there are no more than `size`."""
-    if sum(spill.rows for spill in spills) <= size:
+    if sum(map(len, priorities)) <= size:
         return below
-    priorities = np.concatenate([_not_above(spill.priorities(), below) for spill in spills])
-    if len(priorities) <= size:
+    together = np.concatenate([each[each <= np.uint64(below)] for each in priorities])
+    if len(together) <= size:
         return below
-    return int(np.partition(priorities, size - 1)[size - 1])
+    return int(np.partition(together, size - 1)[size - 1])
 
 
 def load(spills: Sequence[Spill], size: int, below: int = 2**64 - 1) -> np.ndarray:
@@ -107,9 +107,11 @@ def load(spills: Sequence[Spill], size: int, below: int = 2**64 - 1) -> np.ndarr
     """
     if not spills:
         raise ValueError("no spill files")
-    below = smallest(spills, size, below)
-    chosen = [np.flatnonzero(spill.priorities() <= np.uint64(below)) for spill in spills]
-    priorities = np.concatenate([spill.priorities()[rows] for spill, rows in zip(spills, chosen, strict=True)])
+    everything = [spill.priorities() for spill in spills]
+    below = smallest(everything, size, below)
+    chosen = [np.flatnonzero(each <= np.uint64(below)) for each in everything]
+    priorities = np.concatenate([each[rows] for each, rows in zip(everything, chosen, strict=True)])
+    del everything
     order = np.argsort(priorities, kind="stable")
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
@@ -125,10 +127,6 @@ def load(spills: Sequence[Spill], size: int, below: int = 2**64 - 1) -> np.ndarr
             start += len(block)
     _order_ties(priorities[order], vectors)
     return vectors[:size]
-
-
-def _not_above(priorities: np.ndarray, below: int) -> np.ndarray:
-    return priorities if below == 2**64 - 1 else priorities[priorities <= np.uint64(below)]
 
 
 def _order_ties(priorities: np.ndarray, vectors: np.ndarray) -> None:

@@ -81,7 +81,7 @@ class OpenSearchConnection:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> OpenSearchConnection:
-        """A connection from `OPENSEARCH_*` variables; `options` win over them.
+        """A connection from `OPENSEARCH_*` variables; `options` that are not None win over them.
 
         URL, USERNAME, PASSWORD or PASSWORD_FILE, BEARER_TOKEN or BEARER_TOKEN_FILE, CA_CERTS, CLIENT_CERT, CLIENT_KEY,
         AWS_REGION, AWS_SERVICE, VERIFY_CERTS (`false` to turn off), TIMEOUT_S. Of a secret only the variable's name is
@@ -115,7 +115,7 @@ class OpenSearchConnection:
                 found["timeout_s"] = float(timeout)
             except ValueError:
                 raise RequestError(f"OPENSEARCH_TIMEOUT_S is {timeout!r}, expected a number of seconds") from None
-        found.update(options)
+        found.update({name: value for name, value in options.items() if value is not None})
         if not found["url"]:
             raise RequestError("set OPENSEARCH_URL, for example to https://localhost:9200")
         return cls(**found)

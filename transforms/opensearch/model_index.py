@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -119,10 +118,6 @@ def blob_of(model: Mapping[str, Any]) -> bytes:
         return base64.b64decode(model.get("model_blob") or "", validate=True)
     except binascii.Error:
         raise TrainingError(f'the blob of model "{model.get("model_id")}" is not base64') from None
-
-
-def sha256(blob: bytes) -> str:
-    return hashlib.sha256(blob).hexdigest()
 
 
 def fetch(session: Session, model_id: str) -> TrainedModel:

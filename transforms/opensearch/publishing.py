@@ -21,9 +21,9 @@ import numpy as np
 from transforms import faiss_training, progress
 from transforms.codebooks import Codebooks, difference
 from transforms.errors import RequestError, TrainingError
-from transforms.model import CREATED, TRAINING, TrainedModel
+from transforms.model import CREATED, TRAINING, TrainedModel, sha256
 from transforms.opensearch import model_index, temporary_index
-from transforms.opensearch.model_index import MODELS, NotPermitted, Registration, call, explain, sha256
+from transforms.opensearch.model_index import MODELS, NotPermitted, Registration, call, explain
 from transforms.opensearch.moving import request_at
 from transforms.opensearch.routes import AUTO, DELEGATE, REPLAY, SWAP, Choice, arrives_as, choose, training_vectors
 from transforms.opensearch.session import ServerError, Session
