@@ -24,7 +24,7 @@ import numpy as np
 from pipelines import display
 from transforms.codebooks import Codebooks, difference, distances
 from transforms.errors import RequestError, TrainingError
-from transforms.model import TRAINING, TrainedModel, blob_digest
+from transforms.model import TRAINING, blob_digest
 from transforms.model_files import ModelFiles
 from transforms.opensearch import OpenSearchConnection, Session, model_index, temporary_index
 from transforms.opensearch.moving import request_of
@@ -137,18 +137,14 @@ def _export(given: argparse.Namespace) -> None:
 
 def _publish(given: argparse.Namespace) -> None:
     files, cluster = ModelFiles(given.model_dir), _cluster(given)
-    described = files.get(given.model_id)
-    blob = files.blob(given.model_id)
-    metadata = {name: value for name, value in described.items() if name not in ("model_id", "provenance")}
-    model = TrainedModel(given.new_id or given.model_id, metadata, blob)
-    version = model_index.cluster_version(cluster.session)
-    request = request_of(metadata, version)
-    sample = None if given.sample is None else _sample(given.sample, request.dimension, request.data_type)
+    model = replace(files.fetch(given.model_id), model_id=given.new_id or given.model_id)
+    request = request_of(model.metadata, model_index.cluster_version(cluster.session))
+    vectors = None if given.sample is None else _sample(given.sample, request.dimension, request.data_type)
     result = publish(
         cluster.session,
         model,
         request,
-        sample,
+        None if vectors is None else lambda: vectors,
         given.route,
         given.preference,
         given.verify,

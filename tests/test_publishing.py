@@ -72,7 +72,7 @@ class Trained:
     model: TrainedModel
 
     def publish(self, session: Session, route: str = "auto", **options: Any) -> PublishResult:
-        return publish(session, self.model, self.request, self.case.vectors(), route, **options)
+        return publish(session, self.model, self.request, self.case.vectors, route, **options)
 
 
 def trained(session: Session, name: str, **fields: Any) -> Trained:
@@ -115,7 +115,7 @@ def test_every_route_for_every_kind_of_model(
 def test_a_swapped_model_looks_like_one_of_the_clusters_own(session: Session) -> None:
     it = trained(session, "IVF-PQ", description="of a test")
     own_id = random_model_id()
-    publish(session, replace(it.model, model_id=own_id), it.request, it.case.vectors(), DELEGATE)
+    publish(session, replace(it.model, model_id=own_id), it.request, it.case.vectors, DELEGATE)
     it.publish(session, SWAP)
     own, swapped = get_model(session, own_id), get_model(session, it.model.model_id)
     assert own is not None

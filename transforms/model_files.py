@@ -98,6 +98,12 @@ class ModelFiles:
             )
         return blob
 
+    def fetch(self, model_id: str) -> TrainedModel:
+        """A `created` model with its blob; raises as `blob`."""
+        described = self.get(model_id)
+        metadata = {name: value for name, value in described.items() if name not in ("model_id", "provenance")}
+        return TrainedModel(model_id, metadata, self.blob(model_id), described.get("provenance", {}))
+
     def list(self) -> list[dict[str, Any]]:
         """The descriptions of all models, by id."""
         pattern = FileSystems.join(self.model_dir, "*", DESCRIPTION)

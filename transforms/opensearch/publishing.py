@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -76,7 +77,7 @@ def publish(
     session: Session,
     model: TrainedModel,
     request: TrainingRequest,
-    sample_vectors: np.ndarray | None = None,
+    sample: Callable[[], np.ndarray] | None = None,
     route: str = AUTO,
     preference: str | None = None,
     verify: bool = True,
@@ -92,7 +93,7 @@ def publish(
       session: to the cluster; one publication of an id at a time.
       model: in state `created`.
       request: what it was trained for, as any version resolves it.
-      sample_vectors: (n, columns) for the route `delegate`; normalised in place for cosinesimil.
+      sample: loads (n, columns) vectors, which may be normalised in place; only called for the route `delegate`.
       route: one of `routes.ROUTES`.
       preference: id of the data node that should train.
       verify: prove that the model can be used in a mapping and searched with.
@@ -108,6 +109,57 @@ def publish(
         raise RequestError(
             f'Model "{model.model_id}" is in state {model.state}, not created: there is nothing to publish'
         )
+    ready = _prepare(session, request, route, sample is not None, allow_large_model)
+    _check_blob(model.blob, ready.request)
+    _LOG.info(
+        "publishing %s to OpenSearch %s: %s", model.model_id, ready.request.target_version, ready.choice.explanation
+    )
+    return _Publication(session, model.model_id, model.blob, ready, preference, verify).run(sample, keep_mark)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What is known of a publication before it begins.
+
+    Attributes:
+      request: as the cluster's version resolves it.
+      choice: the route, and why.
+      warnings: for the user.
+    """
+
+    request: TrainingRequest
+    choice: Choice
+    warnings: tuple[str, ...]
+
+
+def preflight(
+    session: Session,
+    model_id: str,
+    request: TrainingRequest,
+    route: str = AUTO,
+    has_sample: bool = False,
+    allow_large_model: bool = False,
+) -> Ready:
+    """What `publish` would do, before there is a model. Changes nothing.
+
+    Raises:
+      RequestError: this cluster cannot have such a model, the route cannot be taken, or the id is taken.
+      TrainingError: the cluster cannot be reached.
+    """
+    ready = _prepare(session, request, route, has_sample, allow_large_model)
+    if not temporary_index.find(session, model_id):  # what a killed run left is for `publish` to finish or to remove
+        registration, used = None, {}
+        with suppress(NotPermitted):
+            registration = model_index.registration(session, model_id)
+        with suppress(NotPermitted):
+            used = model_index.usage(session, model_id)
+        _refuse_taken(model_id, model_index.get_model(session, model_id), registration, used)
+    return ready
+
+
+def _prepare(
+    session: Session, request: TrainingRequest, route: str, has_sample: bool, allow_large_model: bool
+) -> Ready:
     version = model_index.cluster_version(session)
     request = request_at(request, version)
     warnings = request.check_limits(allow_large_model)
@@ -115,11 +167,25 @@ def publish(
         warnings.append(
             f"OpenSearch {version} is newer than {NEWEST_TARGET}, the newest that publishing was tested with"
         )
-    _check_blob(model.blob, request)
-    choice = choose(route, request, model_index.may_write(session), sample_vectors is not None)
-    _LOG.info("publishing %s to OpenSearch %s: %s", model.model_id, version, choice.explanation)
-    publication = _Publication(session, model.model_id, model.blob, request, choice, preference, verify, warnings)
-    return publication.run(sample_vectors, keep_mark)
+    choice = choose(route, request, model_index.may_write(session), has_sample)
+    return Ready(request, choice, tuple(warnings))
+
+
+def _refuse_taken(
+    model_id: str,
+    model: Mapping[str, Any] | None,
+    registration: Registration | None,
+    used: Mapping[str, list[str]],
+) -> None:
+    by = []
+    if model is not None:
+        by.append(f"a model in state {model['state']} of {model['timestamp']}")
+    elif registration is not None:
+        by.append("a registration in the cluster state without a document")
+    if used:
+        by.append(model_index.show_usage(used))
+    if by:
+        raise RequestError(f'Model id "{model_id}" is taken, by {" and ".join(by)}: choose another')
 
 
 def remove_marks(session: Session, model_id: str) -> None:
@@ -179,28 +245,27 @@ class _Publication:
         session: Session,
         model_id: str,
         blob: bytes,
-        request: TrainingRequest,
-        choice: Choice,
+        ready: Ready,
         preference: str | None,
         verify: bool,
-        warnings: list[str],
     ):
         self._session = session
         self._model_id = model_id
         self._blob = blob
-        self._request = request
-        self._choice = choice
+        self._request = ready.request
+        self._choice = ready.choice
         self._preference = preference
         self._verify = verify
-        self._warnings = warnings
+        self._warnings = list(ready.warnings)
         self._sha256 = sha256(blob)
         self._codebooks = Codebooks.of(blob)
-        self._expected = arrives_as(choice.route, request, self._codebooks)
+        self._expected = arrives_as(self._choice.route, self._request, self._codebooks)
         self._indices: list[TemporaryIndex] = []
         self._owns_model = False
 
-    def run(self, sample: np.ndarray | None, keep_mark: bool) -> PublishResult:
-        vectors, documents = training_vectors(self._choice.route, self._request, self._codebooks, sample)
+    def run(self, sample: Callable[[], np.ndarray] | None, keep_mark: bool) -> PublishResult:
+        loaded = sample() if sample is not None and self._choice.route == DELEGATE else None
+        vectors, documents = training_vectors(self._choice.route, self._request, self._codebooks, loaded)
         outcome = "resumed" if self._take_over() else "published"
         if outcome == "published":
             present = self._present()
@@ -262,15 +327,7 @@ class _Publication:
             same = self._difference(blob) is None and (self._choice.route != SWAP or blob == self._blob)
             if same and registration is not None and not registration.differences(self._request):
                 return self._result("present", blob, registration)
-        by = []
-        if found is not None:
-            by.append(f"a model in state {found['state']} of {found['timestamp']}")
-        elif registration is not None:
-            by.append("a registration in the cluster state without a document")
-        if used:
-            by.append(model_index.show_usage(used))
-        if by:
-            raise RequestError(f'Model id "{self._model_id}" is taken, by {" and ".join(by)}: choose another')
+        _refuse_taken(self._model_id, found, registration, used)
         return None
 
     # --- the steps ---

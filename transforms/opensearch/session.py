@@ -147,12 +147,15 @@ class Session:
           RequestError: TLS does not trust the server.
         """
         attempts = attempts or self._attempts
+        params = dict(params or {})
+        if "filter_path" in params:
+            params["filter_path"] += ",error"  # a filter applies to errors too, and would leave nothing of them
         for attempt in range(1, attempts + 1):
             started = time.monotonic()
             retry_after = None
             try:
                 data = self._client.transport.perform_request(
-                    method, path, params=dict(params or {}), body=body, headers={"accept": accept}
+                    method, path, params=params, body=body, headers={"accept": accept}
                 )
             except ServerError as error:
                 if error.status not in _RETRIED:

@@ -11,11 +11,9 @@ import apache_beam as beam
 
 from transforms.errors import RequestError, TrainingError
 from transforms.model import CREATED, FAILED, TrainedModel
-from transforms.opensearch import model_index
 from transforms.opensearch.connection import OpenSearchConnection
-from transforms.opensearch.moving import request_at
 from transforms.opensearch.publishing import publish, remove_marks
-from transforms.opensearch.routes import AUTO, DELEGATE, choose
+from transforms.opensearch.routes import AUTO
 from transforms.opensearch.session import Session
 from transforms.request import TrainingRequest
 from transforms.sampling import Sample
@@ -100,8 +98,8 @@ class _PublishFn(beam.DoFn):
             yield WriteToModelIndexResult(model.model_id, FAILED, str(error))
 
     def _publish(self, session: Session, model: TrainedModel, sample: Sample | None) -> WriteToModelIndexResult:
-        vectors = sample.load() if sample is not None and self._needs_sample(session) else None
-        result = publish(session, model, self._request, vectors, keep_mark=True, **self._options)
+        load = None if sample is None else sample.load
+        result = publish(session, model, self._request, load, keep_mark=True, **self._options)
         return WriteToModelIndexResult(
             model.model_id,
             CREATED,
@@ -113,11 +111,6 @@ class _PublishFn(beam.DoFn):
             result.registration,
             result.warnings,
         )
-
-    def _needs_sample(self, session: Session) -> bool:
-        may_write = model_index.may_write(session)
-        request = request_at(self._request, model_index.cluster_version(session))
-        return choose(self._options["route"], request, may_write, has_sample=True).route == DELEGATE
 
 
 class _RemoveMarksFn(beam.DoFn):
