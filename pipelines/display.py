@@ -43,8 +43,9 @@ class _Lines:
 
     def report(self, stage: str, done: int, total: int) -> None:
         with self._lock:
-            self._started.setdefault(stage, time.monotonic())
             before, self._done[stage] = self._done.get(stage), done
+            if before is None or done < before:  # a second model's
+                self._started[stage] = time.monotonic()
         if done == total and before != total:
             self._ended(stage, done)
 

@@ -12,6 +12,7 @@ from typing import Any
 from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
 
 from transforms.errors import RequestError
+from transforms.opensearch.routes import ROUTES
 from transforms.request import NEWEST_TARGET
 
 #: Fields of the Train API's body that are flags too.
@@ -37,8 +38,10 @@ class TrainOptions(PipelineOptions):
     @classmethod
     def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
         request = parser.add_argument_group("the request, as the Train Model API takes it").add_argument
-        request("--request", metavar="FILE", help="JSON file with the body; flags override its fields")
-        request("--model_id", help="id of the new model; random if absent")
+        text = "JSON file with the body; flags override its fields. Give it several times to train several models"
+        request("--request", metavar="FILE", action="append", help=text)
+        text = "id of the new model; random if absent. One for each --request, in the same order"
+        request("--model_id", action="append", help=text)
         request("--preference", help="data node that trains, where the cluster trains")
         request("--node_id", help="another name for --preference")
         request("--training_index", help="index, alias, wildcard or data stream to read vectors from")
@@ -53,12 +56,14 @@ class TrainOptions(PipelineOptions):
         request("--mode", help="in_memory or on_disk")
         request("--compression_level", help="1x, 2x, 8x, 16x or 32x")
         request("--engine", help="faiss")
-        request("--target_version", default=NEWEST_TARGET, help="OpenSearch that will serve it (default %(default)s)")
+        text = f"OpenSearch that will serve it (default: that of the cluster to --publish to, else {NEWEST_TARGET})"
+        request("--target_version", help=text)
 
         source = parser.add_argument_group("where the vectors come from").add_argument
         source("--parquet", metavar="GLOB", help="Parquet files on any Beam filesystem")
         source("--vector_column", help="column of the Parquet files (default: training_field)")
-        source("--opensearch_url", metavar="URL", help="cluster to read from (default: $OPENSEARCH_URL)")
+        text = "cluster to read from, unless --parquet is given, and to --publish to (default: $OPENSEARCH_URL)"
+        source("--opensearch_url", metavar="URL", help=text)
         source("--query", type=_json("query"), metavar="JSON", help="train on the documents that match it")
         source(
             "--reader",
@@ -76,6 +81,12 @@ class TrainOptions(PipelineOptions):
         run("--use_all_vectors", action="store_true", help="train on more vectors than faiss looks at")
         run("--training_threads", type=int, default=0, help="threads to train with (default: all cores)")
         run("--allow_large_model", action="store_true", help="train a model that clusters cannot read by default")
+
+        publish = parser.add_argument_group("into a cluster").add_argument
+        text = "put the model into the cluster too, by this route; auto takes the best that is possible and says why"
+        publish("--publish", choices=ROUTES, metavar="ROUTE", help=f"{text} ({', '.join(ROUTES)})")
+        text = "do not try the published model in a mapping and a search"
+        publish("--no_verify", dest="verify", action="store_false", help=text)
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainOptions, bool]:

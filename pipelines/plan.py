@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Plan`: all that is known of a run before a vector is read. `--dry_run` prints it, `pipelines.train` builds it."""
+"""`Plan`: all that is known of a training before a vector is read. `--dry_run` prints it, `train` builds it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.options import TrainOptions, body
@@ -13,12 +14,15 @@ from transforms.errors import RequestError
 from transforms.files import read_whole
 from transforms.model import random_model_id
 from transforms.model_files import check_model_id
-from transforms.opensearch import OpenSearchConnection, OpenSearchVectors
+from transforms.opensearch import OpenSearchConnection, OpenSearchVectors, Session, model_index
+from transforms.opensearch.publishing import Ready, preflight
+from transforms.opensearch.session import LAUNCHER_ATTEMPTS
 from transforms.parquet import ParquetVectors
 from transforms.request import TrainingRequest
 from transforms.sampling import keep_fraction
 from transforms.training import available_cores
 from transforms.vectors import NUMPY_TYPES, SourceSummary, VectorSource, columns
+from transforms.versions import NEWEST_TARGET
 
 #: Rows set aside to try the trained model with.
 HELD_OUT = 16
@@ -29,7 +33,7 @@ POINTS_PER_CENTROID = 39
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """What a run will do for one request.
 
     Attributes:
       request: validated and resolved.
@@ -41,6 +45,7 @@ class Plan:
       keep: fraction of the source that readers pass on, with the margin that makes a second reading rarer than 1e-9.
       threads: to train with.
       warnings: for the user.
+      publication: how the model gets into a cluster, None if it does not.
     """
 
     request: TrainingRequest
@@ -54,6 +59,7 @@ class Plan:
     query: Mapping[str, Any] | None
     threads: int
     warnings: tuple[str, ...]
+    publication: Ready | None
 
     @property
     def memory_bytes(self) -> int:
@@ -72,14 +78,10 @@ class Plan:
         row = columns(self.request.dimension, self.request.data_type) * NUMPY_TYPES[self.request.data_type].itemsize + 8
         return int(min(self.summary.count, self.keep * self.summary.count + 1) * row)
 
-    def totals(self) -> dict[str, int]:
-        """How much there is of what readers count as they go."""
-        return {"slices": self.slices, "read": round(self.keep * self.summary.count)}
-
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (what, how much), for people."""
         request, summary = self.request, self.summary
-        return [
+        rows = [
             ("model id", self.model_id),
             ("source", f"{summary.name} ({summary.reader})"),
             ("vectors", f"{summary.count:,} x {request.dimension} {request.data_type}"),
@@ -92,6 +94,7 @@ class Plan:
             ("model", _bytes(request.blob_bytes)),
             ("for", f"OpenSearch {request.target_version}"),
         ]
+        return rows if self.publication is None else [*rows, ("publish", self.publication.choice.explanation)]
 
     def sample_reason(self) -> str:
         """Why the sample has its size."""
@@ -116,18 +119,53 @@ class Plan:
         }
 
 
-def make_plan(options: TrainOptions) -> Plan:
-    """Validates the request, then contacts the source.
+def make_plans(options: TrainOptions) -> list[Plan]:
+    """A plan for each request. Validates them all, then contacts the sources, and the cluster to publish to.
+
+    Requests for the same vectors share one source: it is read once, and the sample of each is the beginning of the
+    largest. So the model of a request is the same, whatever is trained beside it.
 
     Raises:
-      RequestError: the request or a flag is wrong, or the source does not fit; nothing was written.
+      RequestError: a request or a flag is wrong, or the source does not fit; nothing was written.
+      TrainingError: the cluster cannot be reached.
     """
-    request = _request(options)
-    warnings = request.check_limits(options.allow_large_model)
     if options.max_bad_vectors < 0 or options.training_threads < 0 or options.slices < 0:
         raise RequestError("max_bad_vectors, training_threads and slices must be 0 or more")
-    model_id = check_model_id(request.model_id or random_model_id())
-    source = _source(options, request)
+    if options.publish and not options.model_dir:
+        raise RequestError("--publish needs --model_dir too: what cannot be published must not be lost")
+    connection = connect(options) if options.publish or not options.parquet else None
+    with Session(connection, LAUNCHER_ATTEMPTS) if connection and options.publish else nullcontext() as session:
+        version = options.target_version or (model_index.cluster_version(session) if session else NEWEST_TARGET)
+        requests = [_request(options, *each, version) for each in _named(options)]
+        limits = [request.check_limits(options.allow_large_model) for request in requests]
+        ids = [check_model_id(request.model_id or random_model_id()) for request in requests]
+        if len(set(ids)) < len(ids):
+            raise RequestError(f"model_id {', '.join(ids)}: each model needs an id of its own")
+        publications: list[Ready | None] = [None] * len(requests)
+        if session:
+            publications = [
+                preflight(session, model_id, request, options.publish, True, options.allow_large_model)
+                for model_id, request in zip(ids, requests, strict=True)
+            ]
+    sources: list[VectorSource] = []
+    plans = []
+    for model_id, request, warnings, publication in zip(ids, requests, limits, publications, strict=True):
+        wanted = _source(options, request, connection)
+        source = next((known for known in sources if known == wanted), wanted)
+        if source is wanted:
+            sources.append(source)
+        plans.append(_plan(options, request, model_id, source, tuple(warnings), publication))
+    return _reading_once(plans)
+
+
+def _plan(
+    options: TrainOptions,
+    request: TrainingRequest,
+    model_id: str,
+    source: VectorSource,
+    warnings: tuple[str, ...],
+    publication: Ready | None,
+) -> Plan:
     summary = source.summary()
     # The cluster's own minimum is about all documents of the index; a query's share of them says nothing of it.
     request.check_count(summary.count, documents=None if options.query else summary.documents)
@@ -137,10 +175,12 @@ def make_plan(options: TrainOptions) -> Plan:
     sample_size = min(limit, summary.count)
     enough = POINTS_PER_CENTROID * request.minimum_vectors
     if sample_size < enough:
-        warnings.append(
+        warnings += (
             f"{sample_size:,} vectors are few for {request.minimum_vectors:,} centroids: below {enough:,} "
-            f"({POINTS_PER_CENTROID} a centroid) recall suffers"
+            f"({POINTS_PER_CENTROID} a centroid) recall suffers",
         )
+    if publication is not None:
+        warnings += tuple(warning for warning in publication.warnings if warning not in warnings)
     return Plan(
         request=request,
         model_id=model_id,
@@ -148,35 +188,73 @@ def make_plan(options: TrainOptions) -> Plan:
         summary=summary,
         slices=len(source.slices()),
         sample_size=sample_size,
-        keep=keep_fraction(sample_size + HELD_OUT, summary.count),
+        keep=1.0,
         seed=options.seed,
         query=options.query,
         threads=options.training_threads or available_cores(),
-        warnings=tuple(warnings),
+        warnings=warnings,
+        publication=publication,
     )
 
 
-def _request(options: TrainOptions) -> TrainingRequest:
+def by_source(plans: Sequence[Plan]) -> list[list[Plan]]:
+    """The plans that share a source, together."""
+    groups: dict[int, list[Plan]] = {}
+    for plan in plans:
+        groups.setdefault(id(plan.source), []).append(plan)
+    return list(groups.values())
+
+
+def _reading_once(plans: list[Plan]) -> list[Plan]:
+    """The plans, in their order, with what readers must pass on for the largest sample of each source."""
+    keep = {}
+    for together in by_source(plans):
+        largest = max(plan.sample_size for plan in together)
+        keep[id(together[0].source)] = keep_fraction(largest + HELD_OUT, together[0].summary.count)
+    return [replace(plan, keep=keep[id(plan.source)]) for plan in plans]
+
+
+def _named(options: TrainOptions) -> list[tuple[str | None, str | None]]:
+    """(file, model id) of each request; one without a file is all in the flags."""
+    files, ids = options.request or [None], options.model_id or []
+    if ids and len(ids) != len(files):
+        raise RequestError(
+            f"there are {len(files)} requests and {len(ids)} model ids: give each --request a --model_id"
+        )
+    return list(zip(files, ids or [None] * len(files), strict=True))
+
+
+def _request(options: TrainOptions, file: str | None, model_id: str | None, version: str) -> TrainingRequest:
     text = None
-    if options.request:
+    if file is not None:
         try:
-            text = read_whole(options.request).decode()
+            text = read_whole(file).decode()
         except (OSError, ValueError) as error:
-            raise RequestError(f"cannot read request {options.request!r}: {error}") from error
-    return TrainingRequest.parse(
-        body(options, text),
-        model_id=options.model_id,
-        preference=options.preference,
-        node_id=options.node_id,
-        target_version=options.target_version,
-        require_index=not options.parquet,
-        require_field=not (options.parquet and options.vector_column),
-    )
+            raise RequestError(f"cannot read request {file!r}: {error}") from error
+    try:
+        return TrainingRequest.parse(
+            body(options, text),
+            model_id=model_id,
+            preference=options.preference,
+            node_id=options.node_id,
+            target_version=version,
+            require_index=not options.parquet,
+            require_field=not (options.parquet and options.vector_column),
+        )
+    except RequestError as error:
+        if len(options.request or ()) < 2:
+            raise
+        raise RequestError(f"{file}: {error}") from None
 
 
-def _source(options: TrainOptions, request: TrainingRequest) -> VectorSource:
-    if options.parquet and options.opensearch_url:
-        raise RequestError("give --parquet or --opensearch_url, not both")
+def connect(options: TrainOptions) -> OpenSearchConnection:
+    """The cluster that is read from or published to."""
+    return OpenSearchConnection.from_env(url=options.opensearch_url or None)
+
+
+def _source(options: TrainOptions, request: TrainingRequest, connection: OpenSearchConnection | None) -> VectorSource:
+    if options.parquet and options.opensearch_url and not options.publish:
+        raise RequestError("give --parquet or --opensearch_url, not both, unless you --publish")
     if options.parquet:
         if options.query is not None:
             raise RequestError("--query selects documents of an index; it does not go with --parquet")
@@ -187,8 +265,9 @@ def _source(options: TrainOptions, request: TrainingRequest) -> VectorSource:
             request.data_type,
             options.seed,
         )
+    assert connection is not None  # `make_plans` connects wherever there is no --parquet
     return OpenSearchVectors(
-        OpenSearchConnection.from_env(url=options.opensearch_url or None),
+        connection,
         request.training_index or "",
         request.training_field,
         request.dimension,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`knn-train`: reads vectors, samples them, trains a model and writes it where it was asked to.
+"""`knn-train`: reads vectors, samples them, trains models and writes them where it was asked to.
 
 knn-train --request request.json --parquet 'exports/*.parquet' --model_dir models
-knn-train --request request.json --opensearch_url https://localhost:9200 --model_dir models
+knn-train --request request.json --opensearch_url https://localhost:9200 --model_dir models --publish auto
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions
 
-from pipelines import display
+from pipelines import display, outcome
 from pipelines.options import TrainOptions, parse, print_help
-from pipelines.plan import HELD_OUT, Plan, make_plan
+from pipelines.plan import HELD_OUT, Plan, by_source, connect, make_plans
 from transforms import progress, run_folder, trainer_process
 from transforms.errors import RequestError, TrainingError
 from transforms.model import CREATED, FAILED, TRAINING, TrainedModel, metadata
-from transforms.model_files import REJECTED, ModelFiles, WriteToModelFiles, write_rejected
+from transforms.model_files import REJECTED, ModelFiles, WriteToModelFiles, WrittenModel, write_rejected
+from transforms.opensearch.writing import WriteToModelIndex, WriteToModelIndexResult
 from transforms.reading import ReadVectors, too_many_bad_vectors
 from transforms.sampling import Sample, SampleVectors
 from transforms.training import TrainModel
@@ -37,119 +38,176 @@ from transforms.vectors import RejectedVector
 LOCAL_RUNNER = "FnApiRunner"
 
 
-def run(argv: Sequence[str] | None = None) -> Mapping[str, Any] | None:
+def run(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
     """Runs `knn-train`.
 
     Returns:
-      The description of the created model (`model.json`), or None after `--dry_run`.
+      The descriptions of the created models (`model.json`), one for each request; none after `--dry_run`.
 
     Raises:
-      RequestError: the request is wrong; nothing was done.
-      TrainingError: the run failed; the model says so too, in state `failed`.
+      RequestError: a request is wrong; nothing was done.
+      TrainingError: a training or a publication failed; the models say so too, in state `failed`. What did not fail is
+        there all the same.
     """
     options, dry_run = parse(sys.argv[1:] if argv is None else argv)
     if not options.model_dir and not dry_run:
         raise RequestError("say where the model goes: --model_dir FOLDER")
-    plan = make_plan(options)
-    for warning in plan.warnings:
+    plans = make_plans(options)
+    for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
         display.say(f"warning: {warning}")
     if dry_run:
-        display.table(plan.rows())
-        return None
+        for number, plan in enumerate(plans):
+            print("\n" * bool(number), end="")
+            display.table(plan.rows())
+        return []
     files = ModelFiles(options.model_dir)
-    files.claim(plan.model_id, _described(plan, TRAINING), options.overwrite)
-    print(json.dumps({"model_id": plan.model_id}), flush=True)
-    display.say(f"sample: {plan.sample_size:,} of {plan.summary.count:,} vectors ({plan.sample_reason()})")
-    display.say(f"reading {plan.summary.name} ({plan.summary.reader})")
-    return _train(plan, options, files)
+    _claim(files, plans, options.overwrite)
+    for plan in plans:
+        print(json.dumps({"model_id": plan.model_id}), flush=True)
+        display.say(f"sample: {plan.sample_size:,} of {plan.summary.count:,} vectors ({plan.sample_reason()})")
+    for plan, *_ in by_source(plans):
+        display.say(f"reading {plan.summary.name} ({plan.summary.reader})")
+    return _train(plans, options, files)
 
 
-def _train(plan: Plan, options: TrainOptions, files: ModelFiles) -> Mapping[str, Any]:
+def _claim(files: ModelFiles, plans: Sequence[Plan], overwrite: bool) -> None:
+    """Makes all models exist, or none."""
+    claimed: list[str] = []
+    try:
+        for plan in plans:
+            if files.claim(plan.model_id, _described(plan, TRAINING), overwrite):
+                claimed.append(plan.model_id)
+    except RequestError:
+        for model_id in claimed:
+            files.remove(model_id)
+        raise
+
+
+def _train(plans: Sequence[Plan], options: TrainOptions, files: ModelFiles) -> list[Mapping[str, Any]]:
     start = time.monotonic()
     temp_location = options.view_as(GoogleCloudOptions).temp_location
     try:
-        with _cancel_on_signals(), run_folder.create(temp_location) as folder, display.live(plan.totals()):
+        with _cancel_on_signals(), run_folder.create(temp_location) as folder, display.live(_totals(plans)):
             if options.view_as(StandardOptions).runner is None:
                 options.view_as(StandardOptions).runner = LOCAL_RUNNER
             with _quiet_beam():
                 pipeline = beam.Pipeline(options=options)
-                build(pipeline, plan, options, folder)
+                build(pipeline, plans, options, folder)
                 result = pipeline.run()
                 result.wait_until_finish()
+            outcomes = [outcome.read(folder, plan) for plan in plans]
     except BaseException as error:
         reason = _reason(error)
-        if files.get(plan.model_id)["state"] == TRAINING:
-            files.describe(plan.model_id, _described(plan, FAILED, reason))
+        for plan in plans:
+            if files.get(plan.model_id)["state"] == TRAINING:
+                files.describe(plan.model_id, _described(plan, FAILED, reason))
         if isinstance(error, (RequestError, TrainingError)) or reason != str(error):
             raise TrainingError(reason) from error
         raise
-    model = files.get(plan.model_id)
-    if model["state"] != CREATED:
-        raise TrainingError(model["error"] or f"the model is in state {model['state']}")
-    display.table(_summary(model, files.path(plan.model_id), time.monotonic() - start, _counters(result)))
-    return model
+    return outcome.tell(plans, outcomes, files, time.monotonic() - start, outcome.counters(result))
 
 
 def _described(plan: Plan, state: str, error: str = "") -> dict[str, Any]:
     return TrainedModel(plan.model_id, metadata(plan.request, state, error), None, plan.provenance()).json()
 
 
-def build(pipeline: beam.Pipeline, plan: Plan, options: TrainOptions, folder: str) -> None:
-    """Adds the steps of `plan` to `pipeline`; sampled vectors wait under `folder`."""
-    read = pipeline | "Read vectors" >> ReadVectors(plan.source, plan.keep, options.max_bad_vectors)
-    sample = read.vectors | "Sample vectors" >> SampleVectors(
+def _totals(plans: Sequence[Plan]) -> dict[str, int]:
+    """How much there is of what readers count as they go."""
+    read = [together[0] for together in by_source(plans)]
+    return {
+        "slices": sum(plan.slices for plan in read),
+        "read": sum(round(plan.keep * plan.summary.count) for plan in read),
+    }
+
+
+# --- the pipeline --------------------------------------------------------------------------------------------------
+
+
+def build(pipeline: beam.Pipeline, plans: Sequence[Plan], options: TrainOptions, folder: str) -> None:
+    """Adds the steps of `plans` to `pipeline`; sampled vectors wait under `folder`, and the outcomes arrive there."""
+    sources = by_source(plans)
+    for number, together in enumerate(sources, 1):
+        sample = _sample(pipeline, together, options, folder, f" {number}" if len(sources) > 1 else "")
+        for plan in together:
+            _model(sample, plan, options, folder, f" {plans.index(plan) + 1}" if len(plans) > 1 else "")
+
+
+def _sample(
+    pipeline: beam.Pipeline, plans: Sequence[Plan], options: TrainOptions, folder: str, suffix: str
+) -> beam.PCollection[Sample]:
+    """The sample of one source, as large as the largest that is wanted of it."""
+    plan = max(plans, key=lambda plan: plan.sample_size)
+    read = pipeline | f"Read vectors{suffix}" >> ReadVectors(plan.source, plan.keep, options.max_bad_vectors)
+    sample = read.vectors | f"Sample vectors{suffix}" >> SampleVectors(
         plan.sample_size + HELD_OUT, folder, plan.keep, plan.source, options.max_bad_vectors
     )
     if options.max_bad_vectors:
-        path = ModelFiles(options.model_dir).path(plan.model_id, REJECTED)
-        sample = sample | "Write rejected vectors" >> beam.Map(
-            _write_rejected, beam.pvalue.AsList(read.rejected), path, options.max_bad_vectors
+        paths = [ModelFiles(options.model_dir).path(plan.model_id, REJECTED) for plan in plans]
+        sample = sample | f"Write rejected vectors{suffix}" >> beam.Map(
+            _write_rejected, beam.pvalue.AsList(read.rejected), paths, options.max_bad_vectors
         ).with_output_types(Sample)
-    models = sample | "Train model" >> TrainModel(
-        plan.request, plan.model_id, HELD_OUT, options.training_threads, plan.provenance()
-    )
-    models | "Write model" >> WriteToModelFiles(options.model_dir)
-
-
-def _write_rejected(sample: Sample, rejected: Sequence[RejectedVector], path: str, allowed: int) -> Sample:
-    ordered = sorted(rejected, key=lambda bad: (bad.source, bad.row))
-    if len(ordered) > allowed:
-        raise TrainingError(too_many_bad_vectors(len(ordered), allowed, ordered[0]))
-    write_rejected(path, [asdict(bad) for bad in ordered])
     return sample
 
 
-def _summary(model: Mapping[str, Any], path: str, seconds: float, counters: Mapping[str, int]) -> list[tuple[str, str]]:
-    told = model["provenance"]
-    training = told["seconds"]
-    rows = [
-        ("model", model["model_id"]),
-        ("written to", path),
-        ("method", f"{told['index_description']}, {model['space_type']}, dimension {model['dimension']}"),
-        ("vectors in source", f"{told['vectors_in_source']:,}"),
-        ("trained on", f"{told['vectors_sampled']:,}"),
-        ("seconds", f"{seconds:.1f} in all, {training['train']:.1f} training on {told['training_threads']} threads"),
-        ("training memory", f"{told['training_peak_memory_bytes'] / 1e6:,.0f} MB at its peak"),
-        ("model bytes", f"{told['blob_bytes']:,}"),
-        ("sha256", told["blob_sha256"]),
-    ]
-    for name, label in (
-        ("bytes_received", "bytes received"),
-        ("requests_retried", "requests retried"),
-        ("documents_without_vector", "without a vector"),
-        ("vectors_rejected", "bad vectors"),
-    ):
-        if counters.get(name):
-            rows.insert(5, (label, f"{counters[name]:,}"))
-    return rows
+def _model(sample: beam.PCollection[Sample], plan: Plan, options: TrainOptions, folder: str, suffix: str) -> None:
+    """One model of a sample: trained, written to files, and from there into a cluster."""
+    own = sample | f"Take sample{suffix}" >> beam.Map(Sample.first, plan.sample_size + HELD_OUT).with_output_types(
+        Sample
+    )
+    models = own | f"Train model{suffix}" >> TrainModel(
+        plan.request, plan.model_id, HELD_OUT, options.training_threads, plan.provenance()
+    )
+    written = models | f"Write model{suffix}" >> WriteToModelFiles(options.model_dir)
+    _ = written | f"Report model{suffix}" >> beam.Map(
+        outcome.report, outcome.report_path(folder, plan, outcome.WRITTEN)
+    )
+    if plan.publication is None:
+        return
+    # From the files: whatever becomes of the publication, the model is there, and a bundle done again finds the same.
+    files = ModelFiles(options.model_dir)
+    published = (
+        written
+        | f"Read model{suffix}" >> beam.FlatMap(_read_created, files).with_output_types(TrainedModel)
+        | f"Publish model{suffix}"
+        >> WriteToModelIndex(
+            connect(options),
+            plan.request,
+            options.publish,
+            own | f"Leave out held-out{suffix}" >> beam.Map(Sample.first, plan.sample_size).with_output_types(Sample),
+            plan.request.preference,
+            options.verify,
+            options.allow_large_model,
+        )
+    )
+    path = outcome.report_path(folder, plan, outcome.PUBLISHED)
+    _ = (
+        published
+        | f"Note publication{suffix}" >> beam.Map(_note_publication, files)
+        | f"Report publication{suffix}" >> beam.Map(outcome.report, path)
+    )
 
 
-def _counters(result: Any) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for counter in result.metrics().query()["counters"]:
-        # Prism has no `attempted` values, so what it counted as 0 comes as None.
-        found[counter.key.metric.name] = found.get(counter.key.metric.name, 0) + (counter.result or 0)
-    return found
+def _write_rejected(sample: Sample, rejected: Sequence[RejectedVector], paths: Sequence[str], allowed: int) -> Sample:
+    ordered = sorted(rejected, key=lambda bad: (bad.source, bad.row))
+    if len(ordered) > allowed:
+        raise TrainingError(too_many_bad_vectors(len(ordered), allowed, ordered[0]))
+    for path in paths:
+        write_rejected(path, [asdict(bad) for bad in ordered])
+    return sample
+
+
+def _read_created(written: WrittenModel, files: ModelFiles) -> Iterator[TrainedModel]:
+    if written.state == CREATED:
+        yield files.fetch(written.model_id)
+
+
+def _note_publication(result: WriteToModelIndexResult, files: ModelFiles) -> WriteToModelIndexResult:
+    """Says in the model's own description where it was published, or why it was not."""
+    description = files.get(result.model_id)
+    told = {name: value for name, value in asdict(result).items() if name != "model_id"}
+    description["provenance"]["publication"] = told
+    files.describe(result.model_id, description)
+    return result
 
 
 def _reason(error: BaseException) -> str:

@@ -19,12 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import train
+from pipelines import models, train
 from pipelines.options import TrainOptions, body, parse
 from tests.opensearch_server import OpenSearchServer
 from transforms import run_folder
 from transforms.errors import RequestError, TrainingError
 from transforms.model_files import ModelFiles
+from transforms.opensearch import OpenSearchConnection, Session, model_index, temporary_index
+from transforms.trainer_process import train_in_process
 
 D, ROWS = 16, 12_000
 RNG = np.random.default_rng(11)
@@ -79,6 +81,12 @@ def start(words: list[str], **options: Any) -> subprocess.Popen[str]:
     )
 
 
+def trained(words: list[str]) -> Mapping[str, Any]:
+    """The one model of a run."""
+    (model,) = train.run(words)
+    return model
+
+
 # --- a good run ---
 
 
@@ -89,8 +97,7 @@ def test_trains_a_model_that_faiss_trains_from_the_same_rows(
 
     from transforms.parquet import ParquetVectors
 
-    model = train.run(arguments(work, export, "--model_id", "m1", "--seed", "7"))
-    assert model is not None
+    model = trained(arguments(work, export, "--model_id", "m1", "--seed", "7"))
     source = ParquetVectors(export, "v", D, seed=7)
     blocks = [block for part in source.slices() for block in source.read(part, 1.0, print)]
     order = np.argsort(np.concatenate([block.priorities for block in blocks]))[:SAMPLE]
@@ -111,9 +118,7 @@ def test_trains_a_model_that_faiss_trains_from_the_same_rows(
 
 
 def sha(work: Path, export: str, *more: str) -> str:
-    model = train.run(arguments(work, export, *more))
-    assert model is not None
-    return model["provenance"]["blob_sha256"]
+    return trained(arguments(work, export, *more))["provenance"]["blob_sha256"]
 
 
 def test_model_is_the_same_however_the_export_is_cut_and_run(work: Path, export: str) -> None:
@@ -141,10 +146,8 @@ def test_repeated_bundles_give_the_same_model(work: Path, export: str) -> None:
 
 
 def test_use_all_vectors_and_max_training_vector_count(work: Path, export: str) -> None:
-    few = train.run(arguments(work, export, "--max_training_vector_count", "500"))
-    everything = train.run(arguments(work, export, "--use_all_vectors"))
-    assert few is not None
-    assert everything is not None
+    few = trained(arguments(work, export, "--max_training_vector_count", "500"))
+    everything = trained(arguments(work, export, "--use_all_vectors"))
     assert few["provenance"]["vectors_sampled"] == 500
     assert everything["provenance"]["vectors_sampled"] == ROWS
 
@@ -152,14 +155,12 @@ def test_use_all_vectors_and_max_training_vector_count(work: Path, export: str) 
 def test_fields_as_flags_instead_of_a_file(work: Path, export: str) -> None:
     flags = ["--dimension", str(D), "--method", json.dumps(REQUEST["method"]), "--vector_column", "v"]
     where = ["--parquet", export, "--model_dir", str(work / "models")]
-    model = train.run([*flags, *where])
-    assert model is not None
+    model = trained([*flags, *where])
     assert model["provenance"]["blob_sha256"] == sha(work, export)
 
 
 def test_flags_win_over_the_file(work: Path, export: str) -> None:
-    model = train.run(arguments(work, export, "--description", "from a flag", "--space_type", "l2"))
-    assert model is not None
+    model = trained(arguments(work, export, "--description", "from a flag", "--space_type", "l2"))
     assert model["description"] == "from a flag"
 
 
@@ -174,8 +175,7 @@ def test_bad_vectors_up_to_a_limit(work: Path) -> None:
     assert ModelFiles(str(work / "models")).get("strict")["state"] == "failed"
     with pytest.raises(TrainingError, match="2 bad vectors, 1 allowed"):
         train.run(arguments(work, export, "--use_all_vectors", "--max_bad_vectors", "1"))
-    model = train.run(arguments(work, export, "--use_all_vectors", "--max_bad_vectors", "2", "--model_id", "lax"))
-    assert model is not None
+    model = trained(arguments(work, export, "--use_all_vectors", "--max_bad_vectors", "2", "--model_id", "lax"))
     assert model["provenance"]["vectors_sampled"] == 4_998
     rejected = (work / "models" / "lax" / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in rejected] == ["row 10", "row 4000"]
@@ -188,7 +188,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     work: Path, export: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(glob.glob(f"{work}/**", recursive=True))
-    assert train.run(arguments(work, export, "--dry_run")) is None
+    assert train.run(arguments(work, export, "--dry_run")) == []
     printed = capsys.readouterr().out
     for part in ("12,000 x 16 float", "4,096 vectors, seed 0", "IVF8,PQ4x4, l2", "MB of memory", "slices"):
         assert part in printed
@@ -218,12 +218,18 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
             "nlist is 13000, but there are",
         ),
         (["--max_bad_vectors", "-1"], "must be 0 or more"),
-        (["--opensearch_url", "http://localhost:9"], "give --parquet or --opensearch_url, not both"),
+        (
+            ["--opensearch_url", "http://localhost:9"],
+            "give --parquet or --opensearch_url, not both, unless you --publish",
+        ),
+        (["--publish", "magic"], "argument --publish: invalid choice: 'magic'"),
+        (["--publish", "auto"], "set OPENSEARCH_URL"),
+        (["--request", "/nowhere.json"], "cannot read request '/nowhere.json'"),
+        (["--model_id", "a", "--model_id", "b"], "1 requests and 2 model ids: give each --request a --model_id"),
         (["--query", '{"match_all": {}}'], "--query selects documents of an index"),
         (["--parquet", "/nowhere/*.parquet"], "no Parquet file matches '/nowhere/*.parquet'"),
         (["--vector_column", "w"], "no column 'w' in"),
         (["--model_id", "a/b"], "model_id 'a/b' cannot name a folder"),
-        (["--request", "/nowhere.json"], "cannot read request '/nowhere.json'"),
         (["--reader", "magic"], "argument --reader: invalid choice: 'magic'"),
         (["--target_version", "1.0"], "1.0"),
     ],
@@ -262,8 +268,7 @@ def test_an_existing_id_is_refused_and_left_alone(work: Path, export: str) -> No
     with pytest.raises(RequestError, match='Model with id="m1" already exists'):
         train.run(arguments(work, export, "--model_id", "m1"))
     assert ModelFiles(str(work / "models")).get("m1") == before
-    again = train.run(arguments(work, export, "--model_id", "m1", "--overwrite", "--seed", "2"))
-    assert again is not None
+    again = trained(arguments(work, export, "--model_id", "m1", "--overwrite", "--seed", "2"))
     assert again["provenance"]["seed"] == 2
 
 
@@ -329,6 +334,98 @@ def test_folder_of_a_killed_run_is_swept_by_the_next(work: Path, export: str) ->
     assert os.listdir(work / "temp") == []
 
 
+def test_a_failure_does_not_pass_for_the_model_it_was_to_replace(work: Path, export: str) -> None:
+    before = trained(arguments(work, export, "--model_id", "m1"))
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr("transforms.training.train_in_process", _no_training)
+        with pytest.raises(TrainingError, match=r"^no training today$"):
+            train.run(arguments(work, export, "--model_id", "m1", "--overwrite"))
+    assert ModelFiles(str(work / "models")).get("m1") == before
+
+
+def _no_training(*_: Any) -> Any:
+    raise TrainingError("no training today")
+
+
+# --- several requests in one run ---
+
+
+def requests(work: Path, **methods: Mapping[str, Any]) -> list[str]:
+    """Flags for a request and a model of each name."""
+    words = []
+    for name, method in methods.items():
+        (work / f"{name}.json").write_text(json.dumps({**REQUEST, "method": method}))
+        words += ["--request", str(work / f"{name}.json"), "--model_id", name]
+    return words
+
+
+FLAT = {"name": "ivf", "engine": "faiss", "space_type": "l2", "parameters": {"nlist": 4}}
+
+
+def test_several_models_from_one_reading_are_what_each_would_be_alone(
+    work: Path, export: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--parquet", export, "--model_dir", str(work / "models"), "--temp_location", str(work / "temp")]
+    alone = {
+        name: train.run([*requests(work, **{name: m}), *where])[0]
+        for name, m in (("a", FLAT), ("b", REQUEST["method"]))
+    }
+    capsys.readouterr()
+    both = train.run([*requests(work, a=FLAT, b=REQUEST["method"]), *where, "--overwrite"])
+    assert [model["model_id"] for model in both] == ["a", "b"]
+    for model in both:
+        before = alone[model["model_id"]]["provenance"]
+        assert model["provenance"]["vectors_sampled"] == before["vectors_sampled"]
+        assert model["provenance"]["blob_sha256"] == before["blob_sha256"]
+    printed = capsys.readouterr()
+    assert [json.loads(line) for line in printed.out.splitlines()[:2]] == [{"model_id": "a"}, {"model_id": "b"}]
+    assert printed.err.count("reading ") == 1
+    assert os.listdir(work / "temp") == []
+
+
+def test_requests_for_other_vectors_are_read_each_for_itself(work: Path, export: str) -> None:
+    table = pq.read_table(Path(export).parent / "0.parquet")
+    (work / "two").mkdir()
+    twice = table.append_column("w", table.column("v").combine_chunks().take(pa.array(range(len(table))[::-1])))
+    pq.write_table(twice, work / "two" / "a.parquet")
+    words = requests(work, a=FLAT, b=FLAT)
+    (work / "b.json").write_text(json.dumps({**REQUEST, "method": FLAT, "training_field": "w"}))
+    where = ["--parquet", str(work / "two" / "*.parquet"), "--model_dir", str(work / "models")]
+    one, two = train.run([*words, *where])
+    assert one["provenance"]["blob_sha256"] != two["provenance"]["blob_sha256"]
+    again = trained([*words[4:6], *where])
+    assert again["provenance"]["blob_sha256"] == two["provenance"]["blob_sha256"]
+
+
+def test_each_of_several_models_fails_alone(work: Path, export: str) -> None:
+    where = ["--parquet", export, "--model_dir", str(work / "models"), "--temp_location", str(work / "temp")]
+    real = train_in_process
+
+    def fails_for_flat(job: Any, *rest: Any) -> Any:
+        return _no_training() if job.body["method"]["parameters"]["nlist"] == 4 else real(job, *rest)
+
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr("transforms.training.train_in_process", fails_for_flat)
+        with pytest.raises(TrainingError, match=r'^model "a": no training today$'):
+            train.run([*requests(work, a=FLAT, b=REQUEST["method"]), *where])
+    files = ModelFiles(str(work / "models"))
+    assert (files.get("a")["state"], files.get("a")["error"]) == ("failed", "no training today")
+    assert files.get("b")["state"] == "created"
+
+
+def test_of_several_requests_all_or_none_begin(work: Path, export: str) -> None:
+    where = ["--parquet", export, "--model_dir", str(work / "models")]
+    train.run([*requests(work, b=FLAT), *where])
+    with pytest.raises(RequestError, match='Model with id="b" already exists'):
+        train.run([*requests(work, a=FLAT, b=FLAT), *where])
+    assert os.listdir(work / "models") == ["b"]
+    words = requests(work, a=FLAT, c={**FLAT, "parameters": {"nlist": 0}})
+    with pytest.raises(RequestError, match=r"^\S+/c.json: "):
+        train.run([*words, *where])
+    with pytest.raises(RequestError, match="each model needs an id of its own"):
+        train.run([*words[:4], *words[:4], *where])
+
+
 # --- from a live cluster ---
 
 
@@ -352,8 +449,7 @@ def index(opensearch: OpenSearchServer) -> Iterator[OpenSearchServer]:
 def from_cluster(work: Path, server: OpenSearchServer, *more: str) -> Mapping[str, Any]:
     where = ["--opensearch_url", server.url, "--model_dir", str(work / "models"), "--temp_location", str(work / "temp")]
     version = ["--target_version", server.version]
-    model = train.run(["--request", str(work / "request.json"), *where, *version, *more])
-    assert model is not None
+    model = trained(["--request", str(work / "request.json"), *where, *version, *more])
     return model
 
 
@@ -385,10 +481,78 @@ def test_dry_run_contacts_the_cluster_and_leaves_nothing_there(
     work: Path, index: OpenSearchServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = ["--opensearch_url", index.url, "--target_version", index.version]
-    assert train.run(["--request", str(work / "request.json"), *where, "--dry_run"]) is None
+    assert train.run(["--request", str(work / "request.json"), *where, "--dry_run"]) == []
     assert "12,000 x 16 float" in capsys.readouterr().out
     stats = index.client().nodes.stats(metric="indices")["nodes"].values()
     assert sum(node["indices"]["search"]["open_contexts"] for node in stats) == 0
+
+
+def test_trains_and_publishes(work: Path, index: OpenSearchServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """From one cluster into the same: exact where the codebooks can be swapped in, and by delegation of the sample."""
+    with Session(OpenSearchConnection(index.url)) as session:
+        swapped = from_cluster(work, index, "--model_id", "swapped", "--publish", "auto")
+        told = swapped["provenance"]["publication"]
+        assert (told["state"], told["route"], told["exact"]) == ("created", "swap", True)
+        assert model_index.fetch(session, "swapped").blob == ModelFiles(str(work / "models")).blob("swapped")
+        assert "published by" in capsys.readouterr().out
+
+        told = from_cluster(work, index, "--model_id", "delegated", "--publish", "delegate")["provenance"]
+        assert told["publication"]["route"] == "delegate"
+        assert len(index.trainer.trainings[-1].vectors) == told["vectors_sampled"] == SAMPLE
+        assert model_index.fetch(session, "delegated").blob is not None
+
+        before = index.client().indices.stats(index="vectors")["_all"]["total"]["search"]["query_total"]
+        with pytest.raises(RequestError, match=r'Model id "swapped" is taken, by a model in state created'):
+            from_cluster(work, index, "--model_id", "swapped", "--publish", "auto", "--overwrite")
+        after = index.client().indices.stats(index="vectors")["_all"]["total"]["search"]["query_total"]
+        assert after == before  # refused before a vector was read
+        assert temporary_index.find(session) == []
+        for model_id in ("swapped", "delegated"):
+            model_index.delete_model(session, model_id)
+
+
+def test_parquet_into_a_cluster_by_its_own_rules(work: Path, export: str, index: OpenSearchServer) -> None:
+    words = arguments(work, export, "--model_id", "m1", "--publish", "swap", "--opensearch_url", index.url)
+    model = trained(words)
+    assert model["model_version"] == index.version  # without --target_version
+    with Session(OpenSearchConnection(index.url)) as session:
+        assert model_index.fetch(session, "m1").blob == ModelFiles(str(work / "models")).blob("m1")
+        model_index.delete_model(session, "m1")
+
+
+def test_a_publication_that_fails_leaves_the_model(
+    work: Path, export: str, index: OpenSearchServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(work, export, "--model_id", "m1", "--publish", "swap", "--opensearch_url", index.url)
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(model_index, "replace_blob", _no_swap)
+        message = r"^it was trained but not published: not swapped today; knn-models publish m1 tries that alone$"
+        with pytest.raises(TrainingError, match=message):
+            train.run(words)
+    files = ModelFiles(str(work / "models"))
+    assert files.get("m1")["state"] == "created"
+    assert files.get("m1")["provenance"]["publication"]["error"] == "not swapped today"
+    models.run(["publish", "m1", "--model_dir", files.model_dir, "--opensearch_url", index.url])
+    assert '"outcome": "published"' in capsys.readouterr().out
+    with Session(OpenSearchConnection(index.url)) as session:
+        assert model_index.delete_model(session, "m1")
+        assert temporary_index.find(session) == []
+
+
+def _no_swap(*_: Any) -> None:
+    raise TrainingError("not swapped today")
+
+
+def test_dry_run_says_how_it_would_publish(
+    work: Path, export: str, index: OpenSearchServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(work, export, "--publish", "auto", "--opensearch_url", index.url, "--dry_run")
+    assert train.run(words) == []
+    assert re.search(r"^publish +swap: an IVF-PQ cannot be replayed", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(RequestError, match="route replay is not possible"):
+        train.run([*words, "--publish", "replay"])
+    with pytest.raises(RequestError, match="--publish needs --model_dir too"):
+        train.run(["--request", str(work / "request.json"), "--parquet", export, "--publish", "auto", "--dry_run"])
 
 
 @pytest.mark.parametrize(

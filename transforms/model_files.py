@@ -36,10 +36,11 @@ class ModelFiles:
     def path(self, model_id: str, name: str = "") -> str:
         return FileSystems.join(self.model_dir, check_model_id(model_id), *([name] if name else []))
 
-    def claim(self, model_id: str, description: dict[str, Any], overwrite: bool = False) -> None:
+    def claim(self, model_id: str, description: dict[str, Any], overwrite: bool = False) -> bool:
         """Makes the model exist, in the state that `description` gives.
 
-        With `overwrite`, a model that is there already stays as it is until `write` replaces it by a complete one.
+        With `overwrite`, a created model that is there already stays as it is until `write` replaces it by a complete
+        one: the result is False then.
 
         Raises:
           RequestError: the id is taken and `overwrite` is false, or the folder cannot be written.
@@ -47,14 +48,15 @@ class ModelFiles:
         folder = self.path(model_id)
         try:
             if overwrite and self._state(model_id) == CREATED:
-                return
+                return False
             if overwrite:
-                self._remove(model_id)
+                self.remove(model_id)
             if files.is_local(folder):
                 os.makedirs(folder)  # exclusive: of two runs with one id, one fails here
             elif FileSystems.exists(self.path(model_id, DESCRIPTION)):
                 raise FileExistsError
             self.describe(model_id, description)
+            return True
         except FileExistsError:
             raise RequestError(f'Model with id="{model_id}" already exists in {self.model_dir}') from None
         except (OSError, beam.io.filesystem.BeamIOError) as error:
@@ -119,16 +121,17 @@ class ModelFiles:
         """Removes a model; raises RequestError if there is none or if it is still in training."""
         if self.get(model_id)["state"] == TRAINING:
             raise RequestError(f"Cannot delete model [{model_id}]. Model is still in training")
-        self._remove(model_id)
+        self.remove(model_id)
+
+    def remove(self, model_id: str) -> None:
+        """Removes the model's files, in whatever state it is."""
+        files.remove_folder(self.path(model_id))
 
     def _state(self, model_id: str) -> str | None:
         try:
             return self.get(model_id)["state"]
         except RequestError:
             return None
-
-    def _remove(self, model_id: str) -> None:
-        files.remove_folder(self.path(model_id))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import logging
 import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic
 
 import apache_beam as beam
@@ -87,6 +87,10 @@ class Sample:
     def rows(self) -> int:
         """Rows in the files: at least as many as `load` returns."""
         return sum(part.rows for part in self.spills)
+
+    def first(self, size: int) -> Sample:
+        """The sample of `size` rows, at most `self.size`: the smallest priorities are the same for every size."""
+        return replace(self, size=size)
 
     def load(self) -> np.ndarray:
         """(min(size, rows seen), columns), in the order of the priorities; see `spill.load`."""

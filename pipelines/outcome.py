@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What came of a run. The steps report it as files in the run's folder: remote runners return nothing else."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from apache_beam.io.filesystem import BeamIOError
+from apache_beam.io.filesystems import FileSystems
+
+from pipelines import display
+from pipelines.plan import Plan
+from transforms.errors import TrainingError
+from transforms.files import read_whole, write_whole
+from transforms.model import CREATED, sha256
+from transforms.model_files import ModelFiles, WrittenModel
+from transforms.opensearch.writing import WriteToModelIndexResult
+
+#: The two steps that report.
+WRITTEN, PUBLISHED = "written", "published"
+
+
+def report_path(folder: str, plan: Plan, step: str) -> str:
+    return FileSystems.join(folder, f"{sha256(plan.model_id.encode())[:16]}.{step}.json")
+
+
+def report(result: WrittenModel | WriteToModelIndexResult, path: str) -> None:
+    write_whole(path, json.dumps(asdict(result)).encode())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the steps of one plan reported.
+
+    Attributes:
+      written: the fields of a WrittenModel.
+      published: the fields of a WriteToModelIndexResult, None if there was nothing to publish.
+    """
+
+    written: Mapping[str, Any]
+    published: Mapping[str, Any] | None
+
+
+def read(folder: str, plan: Plan) -> Outcome:
+    """What was reported. Raises TrainingError if a step did not report."""
+    written = _read_report(report_path(folder, plan, WRITTEN), plan)
+    if plan.publication is None or written["state"] != CREATED:
+        return Outcome(written, None)
+    return Outcome(written, _read_report(report_path(folder, plan, PUBLISHED), plan))
+
+
+def _read_report(path: str, plan: Plan) -> Mapping[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(read_whole(path))
+    except (OSError, BeamIOError):
+        raise TrainingError(f'the run ended without a word of model "{plan.model_id}"') from None
+    return found
+
+
+def tell(
+    plans: Sequence[Plan],
+    outcomes: Sequence[Outcome],
+    files: ModelFiles,
+    seconds: float,
+    counted: Mapping[str, int],
+) -> list[Mapping[str, Any]]:
+    """Prints what came of each plan.
+
+    Returns:
+      The descriptions of the created models.
+
+    Raises:
+      TrainingError: a training or a publication failed.
+    """
+    problems: list[str] = []
+    models: list[Mapping[str, Any]] = []
+    for plan, outcome in zip(plans, outcomes, strict=True):
+        name = f'model "{plan.model_id}": ' if len(plans) > 1 else ""
+        if outcome.written["state"] != CREATED:
+            problems.append(name + (outcome.written["error"] or f"the model is in state {outcome.written['state']}"))
+            continue
+        models.append(files.get(plan.model_id))
+        rows = _summary(models[-1], files.path(plan.model_id), seconds)
+        if outcome.published is not None:
+            if outcome.published["state"] == CREATED:
+                rows += _published_rows(outcome.published)
+            else:
+                problems.append(
+                    f"{name}it was trained but not published: {outcome.published['error']}; "
+                    f"knn-models publish {shlex.quote(plan.model_id)} tries that alone"
+                )
+        display.table(rows)
+    totals = [(label, f"{counted[name]:,}") for name, label in _COUNTED if counted.get(name)]
+    if totals:
+        display.table(totals)
+    if problems:
+        raise TrainingError("; ".join(problems))
+    return models
+
+
+def _summary(model: Mapping[str, Any], path: str, seconds: float) -> list[tuple[str, str]]:
+    told = model["provenance"]
+    training = told["seconds"]
+    return [
+        ("model", model["model_id"]),
+        ("written to", path),
+        ("method", f"{told['index_description']}, {model['space_type']}, dimension {model['dimension']}"),
+        ("vectors in source", f"{told['vectors_in_source']:,}"),
+        ("trained on", f"{told['vectors_sampled']:,}"),
+        ("seconds", f"{seconds:.1f} in all, {training['train']:.1f} training on {told['training_threads']} threads"),
+        ("training memory", f"{told['training_peak_memory_bytes'] / 1e6:,.0f} MB at its peak"),
+        ("model bytes", f"{told['blob_bytes']:,}"),
+        ("sha256", told["blob_sha256"]),
+    ]
+
+
+def _published_rows(published: Mapping[str, Any]) -> list[tuple[str, str]]:
+    for warning in published["warnings"]:
+        display.say(f"warning: {warning}")
+    exact = "ours, bit by bit" if published["exact"] else "not ours bit by bit"
+    return [("published by", published["explanation"]), ("codebooks there", exact)]
+
+
+#: Counters that are shown where they are not zero.
+_COUNTED = (
+    ("vectors_rejected", "bad vectors"),
+    ("documents_without_vector", "without a vector"),
+    ("requests_retried", "requests retried"),
+    ("bytes_received", "bytes received"),
+)
+
+
+def counters(result: Any) -> dict[str, int]:
+    """The counters of a pipeline's result, by name."""
+    found: dict[str, int] = {}
+    for counter in result.metrics().query()["counters"]:
+        # Prism has no `attempted` values, so what it counted as 0 comes as None.
+        found[counter.key.metric.name] = found.get(counter.key.metric.name, 0) + (counter.result or 0)
+    return found
