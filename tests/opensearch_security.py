@@ -147,6 +147,7 @@ class SecureOpenSearchServer(OpenSearchServer):
             "ssl.transport.enforce_hostname_verification": False,
             "system_indices.enabled": True,
             "system_indices.indices": [MODEL_INDEX],
+            "system_indices.permission.enabled": True,
         }
         for layer in ("http", "transport"):
             own[f"ssl.{layer}.pemcert_filepath"] = "certificates/node.crt"

@@ -187,7 +187,7 @@ class Session:
                 f"{at} does not accept the credentials (401): check the user, the password or the token"
             )
         if error.status == 403:
-            missing = re.search(r"no permissions for \[([^\]]*)\]", error.reason)
+            missing = re.search(r"no permissions for \[([^\]]+)\]", error.reason)
             what = f"the user lacks the permission {missing[1]}" if missing else error.reason
             return RequestError(f"{at} refuses (403): {what}")
         kind = RequestError if error.status < 500 else TrainingError
@@ -196,6 +196,13 @@ class Session:
     def _tls_problem(self, error: Exception) -> str:
         text = str(error)
         url = self._connection.url
+        if "CERTIFICATE_REQUIRED" in text:
+            return f"{url} asks for a client certificate (client_cert, OPENSEARCH_CLIENT_CERT)"
+        if "ALERT_CERTIFICATE" in text or "ALERT_BAD_CERTIFICATE" in text:
+            return (
+                f"{url} refuses the client certificate (client_cert, OPENSEARCH_CLIENT_CERT): "
+                "it has expired, or its authority is not known there"
+            )
         if "expired" in text:
             return f"the certificate of {url} has expired"
         if "Hostname mismatch" in text or "IP address mismatch" in text or "doesn't match" in text:
@@ -207,8 +214,6 @@ class Session:
             )
         if "WRONG_VERSION_NUMBER" in text or "record layer failure" in text:
             return f"{url} does not speak TLS: is it http:// ?"
-        if "CERTIFICATE_REQUIRED" in text:
-            return f"{url} asks for a client certificate (client_cert, OPENSEARCH_CLIENT_CERT)"
         return f"no TLS connection to {url}: {_last_line(text)}"
 
 
