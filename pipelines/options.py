@@ -78,6 +78,8 @@ class TrainOptions(PipelineOptions):
         run("--model_dir", metavar="FOLDER", help="folder for model files, on any Beam filesystem")
         run("--overwrite", action="store_true", help="replace the files of a model with the same id")
         run("--seed", type=int, default=0, help="of the sample (default 0)")
+        text = "train on the sample of a run that failed after reading; --temp_location must be the same"
+        run("--resume", action="store_true", help=text)
         run("--use_all_vectors", action="store_true", help="train on more vectors than faiss looks at")
         run("--training_threads", type=int, default=0, help="threads to train with (default: all cores)")
         run("--allow_large_model", action="store_true", help="train a model that clusters cannot read by default")

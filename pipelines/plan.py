@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.options import TrainOptions, body
+from pipelines.resume import KeptSample, matching
 from transforms import faiss_training
 from transforms.errors import RequestError
 from transforms.files import read_whole
@@ -46,6 +47,7 @@ class Plan:
       threads: to train with.
       warnings: for the user.
       publication: how the model gets into a cluster, None if it does not.
+      kept: the sample of an earlier run, to be used instead of reading.
     """
 
     request: TrainingRequest
@@ -60,6 +62,7 @@ class Plan:
     threads: int
     warnings: tuple[str, ...]
     publication: Ready | None
+    kept: KeptSample | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -69,6 +72,8 @@ class Plan:
     @property
     def read_bytes(self) -> float:
         """Estimated bytes to read from the source."""
+        if self.kept is not None:
+            return 0.0
         thinned_at_source = isinstance(self.source, OpenSearchVectors)
         return self.summary.count * self.summary.row_bytes * (self.keep if thinned_at_source else 1.0)
 
@@ -85,7 +90,7 @@ class Plan:
             ("model id", self.model_id),
             ("source", f"{summary.name} ({summary.reader})"),
             ("vectors", f"{summary.count:,} x {request.dimension} {request.data_type}"),
-            ("slices", f"{self.slices:,}"),
+            ("slices", f"{self.slices:,}" if self.kept is None else f"none: resuming with {self.kept.folder}"),
             ("sample", f"{self.sample_size:,} vectors, seed {self.seed}; {self.sample_reason()}"),
             ("to read", f"{_bytes(self.read_bytes)}, passing on {self.keep:.3g} of the vectors"),
             ("temporary files", _bytes(self.spill_bytes)),
@@ -116,11 +121,14 @@ class Plan:
             "query": self.query,
             "kept_fraction": self.keep,
             "index_description": self.request.index_description,
+            "resumed": self.kept is not None,
         }
 
 
-def make_plans(options: TrainOptions) -> list[Plan]:
+def make_plans(options: TrainOptions, kept: Sequence[KeptSample] = ()) -> list[Plan]:
     """A plan for each request. Validates them all, then contacts the sources, and the cluster to publish to.
+
+    With `--resume`, what is known of the vectors comes from one of the `kept` samples, where there is one.
 
     Requests for the same vectors share one source: it is read once, and the sample of each is the beginning of the
     largest. So the model of a request is the same, whatever is trained beside it.
@@ -148,14 +156,12 @@ def make_plans(options: TrainOptions) -> list[Plan]:
                 for model_id, request in zip(ids, requests, strict=True)
             ]
     sources: list[VectorSource] = []
-    plans = []
-    for model_id, request, warnings, publication in zip(ids, requests, limits, publications, strict=True):
+    for request in requests:
         wanted = _source(options, request, connection)
-        source = next((known for known in sources if known == wanted), wanted)
-        if source is wanted:
-            sources.append(source)
-        plans.append(_plan(options, request, model_id, source, tuple(warnings), publication))
-    return _reading_once(plans)
+        sources.append(next((known for known in sources if known == wanted), wanted))
+    samples = matching(kept, sources) if options.resume else [None] * len(sources)
+    each = zip(requests, ids, sources, limits, publications, samples, strict=True)
+    return _reading_once([_plan(options, *of_request) for of_request in each])
 
 
 def _plan(
@@ -163,16 +169,20 @@ def _plan(
     request: TrainingRequest,
     model_id: str,
     source: VectorSource,
-    warnings: tuple[str, ...],
+    limits: Sequence[str],
     publication: Ready | None,
+    kept: KeptSample | None,
 ) -> Plan:
-    summary = source.summary()
+    warnings = tuple(limits)
+    summary = source.summary() if kept is None else kept.summary
     # The cluster's own minimum is about all documents of the index; a query's share of them says nothing of it.
     request.check_count(summary.count, documents=None if options.query else summary.documents)
     limit = request.max_training_vector_count
     if not options.use_all_vectors:
         limit = min(limit, request.usable_vectors)
     sample_size = min(limit, summary.count)
+    if kept is not None and kept.sample.size < min(sample_size + HELD_OUT, summary.count):
+        raise RequestError(f"the sample in {kept.folder} is too small to --resume with: {sample_size:,} are wanted")
     enough = POINTS_PER_CENTROID * request.minimum_vectors
     if sample_size < enough:
         warnings += (
@@ -186,7 +196,7 @@ def _plan(
         model_id=model_id,
         source=source,
         summary=summary,
-        slices=len(source.slices()),
+        slices=len(source.slices()) if kept is None else 0,
         sample_size=sample_size,
         keep=1.0,
         seed=options.seed,
@@ -194,6 +204,7 @@ def _plan(
         threads=options.training_threads or available_cores(),
         warnings=warnings,
         publication=publication,
+        kept=kept,
     )
 
 

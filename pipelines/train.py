@@ -14,14 +14,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions
 
-from pipelines import display, outcome
+from pipelines import display, outcome, resume
 from pipelines.options import TrainOptions, parse, print_help
 from pipelines.plan import HELD_OUT, Plan, by_source, connect, make_plans
 from transforms import progress, run_folder, trainer_process
@@ -30,6 +30,7 @@ from transforms.model import CREATED, FAILED, TRAINING, TrainedModel, metadata
 from transforms.model_files import REJECTED, ModelFiles, WriteToModelFiles, WrittenModel, write_rejected
 from transforms.opensearch.writing import WriteToModelIndex, WriteToModelIndexResult
 from transforms.reading import ReadVectors, too_many_bad_vectors
+from transforms.run_folder import RunFolder
 from transforms.sampling import Sample, SampleVectors
 from transforms.training import TrainModel
 from transforms.vectors import RejectedVector
@@ -52,7 +53,8 @@ def run(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
     options, dry_run = parse(sys.argv[1:] if argv is None else argv)
     if not options.model_dir and not dry_run:
         raise RequestError("say where the model goes: --model_dir FOLDER")
-    plans = make_plans(options)
+    kept = resume.find(options.view_as(GoogleCloudOptions).temp_location)
+    plans = make_plans(options, kept)
     for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
         display.say(f"warning: {warning}")
     if dry_run:
@@ -62,11 +64,16 @@ def run(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
         return []
     files = ModelFiles(options.model_dir)
     _claim(files, plans, options.overwrite)
+    if not options.resume:  # of what is read now, no older sample need be kept
+        sources = [resume.identity(plan.source) for plan in plans]
+        for folder in {sample.folder for sample in kept if sample.source in sources}:
+            run_folder.discard(folder)
     for plan in plans:
         print(json.dumps({"model_id": plan.model_id}), flush=True)
         display.say(f"sample: {plan.sample_size:,} of {plan.summary.count:,} vectors ({plan.sample_reason()})")
     for plan, *_ in by_source(plans):
-        display.say(f"reading {plan.summary.name} ({plan.summary.reader})")
+        verb = "reading" if plan.kept is None else f"resuming with what {plan.kept.folder} has of"
+        display.say(f"{verb} {plan.summary.name} ({plan.summary.reader})")
     return _train(plans, options, files)
 
 
@@ -75,7 +82,9 @@ def _claim(files: ModelFiles, plans: Sequence[Plan], overwrite: bool) -> None:
     claimed: list[str] = []
     try:
         for plan in plans:
-            if files.claim(plan.model_id, _described(plan, TRAINING), overwrite):
+            resumed = plan.kept is not None and plan.model_id in plan.kept.model_ids
+            unfinished = resumed and files.state(plan.model_id) in (TRAINING, FAILED)
+            if files.claim(plan.model_id, _described(plan, TRAINING), overwrite or unfinished):
                 claimed.append(plan.model_id)
     except RequestError:
         for model_id in claimed:
@@ -85,17 +94,16 @@ def _claim(files: ModelFiles, plans: Sequence[Plan], overwrite: bool) -> None:
 
 def _train(plans: Sequence[Plan], options: TrainOptions, files: ModelFiles) -> list[Mapping[str, Any]]:
     start = time.monotonic()
-    temp_location = options.view_as(GoogleCloudOptions).temp_location
+    folder = None
     try:
-        with _cancel_on_signals(), run_folder.create(temp_location) as folder, display.live(_totals(plans)):
-            if options.view_as(StandardOptions).runner is None:
-                options.view_as(StandardOptions).runner = LOCAL_RUNNER
-            with _quiet_beam():
-                pipeline = beam.Pipeline(options=options)
-                build(pipeline, plans, options, folder)
-                result = pipeline.run()
-                result.wait_until_finish()
-            outcomes = [outcome.read(folder, plan) for plan in plans]
+        with _cancel_on_signals(), _folder(plans, options) as folder, display.live(_totals(plans)):
+            failed = True
+            try:
+                result = _run(plans, options, folder.path)
+                outcomes = [outcome.read(folder.path, plan) for plan in plans]
+                failed = any(each.written["state"] != CREATED for each in outcomes)
+            finally:
+                folder.keep = failed and not progress.cancelled() and resume.has_sample(folder.path)
     except BaseException as error:
         reason = _reason(error)
         for plan in plans:
@@ -104,7 +112,29 @@ def _train(plans: Sequence[Plan], options: TrainOptions, files: ModelFiles) -> l
         if isinstance(error, (RequestError, TrainingError)) or reason != str(error):
             raise TrainingError(reason) from error
         raise
+    finally:
+        if folder is not None and folder.keep:
+            display.say(f"the sample is kept in {folder.path}: the same command with --resume trains on it")
     return outcome.tell(plans, outcomes, files, time.monotonic() - start, outcome.counters(result))
+
+
+def _folder(plans: Sequence[Plan], options: TrainOptions) -> AbstractContextManager[RunFolder]:
+    """The run's folder: a new one, or that of the run whose sample is used again."""
+    kept = next((plan.kept for plan in plans if plan.kept is not None), None)
+    if kept is not None:
+        return run_folder.reopen(kept.folder)
+    return run_folder.create(options.view_as(GoogleCloudOptions).temp_location)
+
+
+def _run(plans: Sequence[Plan], options: TrainOptions, folder: str) -> Any:
+    if options.view_as(StandardOptions).runner is None:
+        options.view_as(StandardOptions).runner = LOCAL_RUNNER
+    with _quiet_beam():
+        pipeline = beam.Pipeline(options=options)
+        build(pipeline, plans, options, folder)
+        result = pipeline.run()
+        result.wait_until_finish()
+    return result
 
 
 def _described(plan: Plan, state: str, error: str = "") -> dict[str, Any]:
@@ -137,6 +167,8 @@ def _sample(
 ) -> beam.PCollection[Sample]:
     """The sample of one source, as large as the largest that is wanted of it."""
     plan = max(plans, key=lambda plan: plan.sample_size)
+    if plan.kept is not None:
+        return pipeline | f"Resume{suffix}" >> beam.Create([plan.kept.sample])
     read = pipeline | f"Read vectors{suffix}" >> ReadVectors(plan.source, plan.keep, options.max_bad_vectors)
     sample = read.vectors | f"Sample vectors{suffix}" >> SampleVectors(
         plan.sample_size + HELD_OUT, folder, plan.keep, plan.source, options.max_bad_vectors
@@ -146,7 +178,10 @@ def _sample(
         sample = sample | f"Write rejected vectors{suffix}" >> beam.Map(
             _write_rejected, beam.pvalue.AsList(read.rejected), paths, options.max_bad_vectors
         ).with_output_types(Sample)
-    return sample
+    ids = [plan.model_id for plan in plans]
+    return sample | f"Note sample{suffix}" >> beam.Map(
+        resume.note, resume.note_path(folder, suffix.strip() or "1"), resume.identity(plan.source), plan.summary, ids
+    ).with_output_types(Sample)
 
 
 def _model(sample: beam.PCollection[Sample], plan: Plan, options: TrainOptions, folder: str, suffix: str) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -298,7 +299,8 @@ def test_a_dead_trainer_fails_the_model(work: Path, export: str) -> None:
     model = ModelFiles(str(work / "models")).get("m1")
     assert model["state"] == "failed"
     assert "ran out of memory" in model["error"]
-    assert os.listdir(work / "temp") == []
+    (kept,) = os.listdir(work / "temp")
+    assert f"the sample is kept in {work}/temp/{kept}: the same command with --resume" in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -330,7 +332,87 @@ def test_folder_of_a_killed_run_is_swept_by_the_next(work: Path, export: str) ->
     assert len(left) == 1
     with run_folder.create(str(work / "temp")) as alive:  # a run that lives is not swept
         sha(work, export)
-        assert os.listdir(work / "temp") == [os.path.basename(alive)]
+        assert os.listdir(work / "temp") == [os.path.basename(alive.path)]
+    assert os.listdir(work / "temp") == []
+
+
+# --- resuming ---
+
+
+def fail_in_training(work: Path, export: str, *more: str) -> str:
+    """A run that reads and then fails; the folder that it leaves."""
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr("transforms.training.train_in_process", _no_training)
+        with pytest.raises(TrainingError, match="no training today"):
+            train.run(arguments(work, export, *more))
+    (kept,) = os.listdir(work / "temp")
+    return kept
+
+
+def test_a_run_that_failed_in_training_is_resumed_without_reading(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = write_export(tmp_path / "export")
+    expected = sha(work, export)
+    fail_in_training(work, export, "--model_id", "m1")
+    shutil.rmtree(tmp_path / "export")
+    capsys.readouterr()
+    model = trained(arguments(work, export, "--model_id", "m1", "--resume"))
+    assert model["provenance"]["blob_sha256"] == expected
+    assert model["provenance"]["resumed"]
+    assert model["provenance"]["vectors_in_source"] == ROWS
+    assert "read slices" not in capsys.readouterr().err
+    assert os.listdir(work / "temp") == []
+
+
+def test_a_killed_run_is_resumed(work: Path, export: str) -> None:
+    expected = sha(work, export)
+    hold = work / "hold.py"
+    hold.write_text(
+        "import time\nfrom pipelines import train\nfrom transforms import training\n"
+        "training.train_in_process = lambda *_: time.sleep(600)\ntrain.main()\n"
+    )
+    child = subprocess.Popen([sys.executable, str(hold), *arguments(work, export, "--model_id", "m1")], stdout=-1)
+    deadline = time.monotonic() + 60
+    while not glob.glob(f"{work}/temp/*/sample-*.json") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with pytest.raises(RequestError, match="there is no sample to --resume with"):  # its run is alive
+        train.run(arguments(work, export, "--model_id", "m1", "--resume"))
+    child.kill()
+    child.communicate()
+    assert trained(arguments(work, export, "--model_id", "m1", "--resume"))["provenance"]["blob_sha256"] == expected
+    assert os.listdir(work / "temp") == []
+
+
+def test_what_is_kept_is_used_for_the_same_vectors_only(work: Path, export: str) -> None:
+    with pytest.raises(RequestError, match="there is no sample to --resume with"):
+        train.run(arguments(work, export, "--resume"))
+    kept = fail_in_training(work, export, "--max_training_vector_count", "500")
+    with pytest.raises(RequestError, match=r'there is no sample to --resume with, of .*"seed": 1'):
+        train.run(arguments(work, export, "--resume", "--seed", "1"))
+    with pytest.raises(RequestError, match=r"is too small to --resume with: 4,096 are wanted$"):
+        train.run(arguments(work, export, "--resume"))
+    sha(work, export, "--seed", "1")  # another run leaves alone what was kept
+    assert os.listdir(work / "temp") == [kept]
+    assert not train.run(arguments(work, export, "--max_training_vector_count", "400", "--resume", "--dry_run"))
+    assert os.listdir(work / "temp") == [kept]
+    alone = sha(work, export, "--max_training_vector_count", "400", "--resume")
+    assert os.listdir(work / "temp") == []
+    assert alone == sha(work, export, "--max_training_vector_count", "400")
+
+
+def test_a_run_of_the_same_vectors_replaces_what_was_kept(work: Path, export: str) -> None:
+    fail_in_training(work, export)
+    fail_in_training(work, export)  # asserts that one folder is left
+    sha(work, export)
+    assert os.listdir(work / "temp") == []
+
+
+def test_what_was_kept_is_swept_after_a_day(work: Path, export: str) -> None:
+    kept = fail_in_training(work, export)
+    yesterday = time.time() - run_folder.KEPT_S - 1
+    os.utime(work / "temp" / kept / "kept", (yesterday, yesterday))
+    sha(work, export, "--seed", "1")
     assert os.listdir(work / "temp") == []
 
 

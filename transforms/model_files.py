@@ -47,7 +47,7 @@ class ModelFiles:
         """
         folder = self.path(model_id)
         try:
-            if overwrite and self._state(model_id) == CREATED:
+            if overwrite and self.state(model_id) == CREATED:
                 return False
             if overwrite:
                 self.remove(model_id)
@@ -71,7 +71,7 @@ class ModelFiles:
 
         A failure does not replace a model that was created before.
         """
-        before = self._state(model.model_id)
+        before = self.state(model.model_id)
         if model.blob is None and before == CREATED:
             return
         if model.blob is not None:
@@ -127,7 +127,8 @@ class ModelFiles:
         """Removes the model's files, in whatever state it is."""
         files.remove_folder(self.path(model_id))
 
-    def _state(self, model_id: str) -> str | None:
+    def state(self, model_id: str) -> str | None:
+        """The state of a model, None if there is none."""
         try:
             return self.get(model_id)["state"]
         except RequestError:

@@ -50,6 +50,11 @@ def cancel() -> None:
     _cancelled.set()
 
 
+def cancelled() -> bool:
+    """Whether `cancel` was called since the last `listen`."""
+    return _cancelled.is_set()
+
+
 def advance(stage: str, amount: int) -> None:
     _stop_if_cancelled()
     _listener.advance(stage, amount)
@@ -61,5 +66,5 @@ def report(stage: str, done: int, total: int) -> None:
 
 
 def _stop_if_cancelled() -> None:
-    if _cancelled.is_set():
+    if cancelled():
         raise TrainingError("interrupted")
