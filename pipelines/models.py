@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipelines import display
+from pipelines import display, pruning
 from transforms.codebooks import Codebooks, difference, distances
 from transforms.errors import RequestError, TrainingError
 from transforms.model import TRAINING, blob_digest
@@ -88,6 +88,19 @@ class Cluster:
             return unfinished(self.session)
         except model_index.NotPermitted:  # whoever may only read models is not shown what runs left
             return {}
+
+    def used(self) -> dict[str, str]:
+        """Model id to the indices and templates that name it. Raises NotPermitted if mappings cannot be read."""
+        used: dict[str, list[str]] = {}
+        for index, fields in model_index.usage(self.session).items():
+            for name, model_id in (field.split("=", 1) for field in fields):
+                used.setdefault(model_id, []).append(f"index {index} (field {name})")
+        try:
+            for model_id, templates in model_index.template_usage(self.session).items():
+                used.setdefault(model_id, []).extend(templates)
+        except model_index.NotPermitted as error:
+            display.say(f"warning: templates are not looked at: {error}")
+        return {model_id: ", ".join(users) for model_id, users in used.items()}
 
     def delete(self, model_id: str) -> None:
         if not model_index.delete_model(self.session, model_id):
@@ -187,6 +200,33 @@ def _cleanup(given: argparse.Namespace) -> None:
     _print_json([{**asdict(index), "unfinished_model": index.model_id in begun} for index in found])
 
 
+def _prune(given: argparse.Namespace) -> None:
+    places: dict[str, Place] = {}
+    used: dict[str, str] = {}
+    if given.model_dir:
+        places["model_dir"] = ModelFiles(given.model_dir)
+    if given.opensearch_url or not given.model_dir:
+        places["cluster"] = cluster = _cluster(given)
+        used = cluster.used()
+    done = []
+    for place, models in places.items():
+        for verdict in pruning.verdicts(models.list(), given.pattern, given.keep, used):
+            done.append({"place": place, **asdict(verdict), **_carry_out(models, verdict, given.delete)})
+    _print_json(done)
+
+
+def _carry_out(models: Place, verdict: pruning.Verdict, delete: bool) -> dict[str, str]:
+    if verdict.reason:
+        return {"result": "kept"}
+    if not delete:
+        return {"result": "to delete"}
+    try:
+        models.delete(verdict.model_id)
+    except RequestError as error:  # the plugin knows of a use that this user does not see, or it has gone meanwhile
+        return {"result": "kept", "reason": str(error)}
+    return {"result": "deleted"}
+
+
 # --- flags ---------------------------------------------------------------------------------------------------------
 
 _COMMANDS = {
@@ -198,6 +238,7 @@ _COMMANDS = {
     "compare": _compare,
     "usage": _usage,
     "cleanup": _cleanup,
+    "prune": _prune,
 }
 
 
@@ -234,6 +275,14 @@ def _parser() -> argparse.ArgumentParser:
     text = "temporary indices and unfinished models that interrupted runs left; lists them"
     flag = command("cleanup", text, "model_id?", files=False)
     flag("--delete", action="store_true", help="remove them; make sure that no run is alive")
+    text = (
+        "old models of a schedule: all that the pattern names but the newest, and those in use or in training; "
+        "lists them. With both places, files of models that the cluster uses stay too"
+    )
+    flag = command("prune", text)
+    flag("pattern", help="model id with {date}, {time}, {sha} or *")
+    flag("--keep", type=int, required=True, metavar="N", help="created models to keep beside those in use")
+    flag("--delete", action="store_true", help="remove them")
     return parser
 
 

@@ -40,7 +40,10 @@ class TrainOptions(PipelineOptions):
         request = parser.add_argument_group("the request, as the Train Model API takes it").add_argument
         text = "JSON file with the body; flags override its fields. Give it several times to train several models"
         request("--request", metavar="FILE", action="append", help=text)
-        text = "id of the new model; random if absent. One for each --request, in the same order"
+        text = (
+            "id of the new model, with {date}, {time} and {sha} filled in; random if absent. One for each --request, "
+            "in the same order"
+        )
         request("--model_id", action="append", help=text)
         request("--preference", help="data node that trains, where the cluster trains")
         request("--node_id", help="another name for --preference")

@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from typing import Any
 
+from pipelines.model_ids import expand
 from pipelines.options import TrainOptions, body
 from pipelines.resume import KeptSample, matching
 from transforms import faiss_training
@@ -146,7 +148,7 @@ def make_plans(options: TrainOptions, kept: Sequence[KeptSample] = ()) -> list[P
         version = options.target_version or (model_index.cluster_version(session) if session else NEWEST_TARGET)
         requests = [_request(options, *each, version) for each in _named(options)]
         limits = [request.check_limits(options.allow_large_model) for request in requests]
-        ids = [check_model_id(request.model_id or random_model_id()) for request in requests]
+        ids = [_model_id(options, request) for request in requests]
         if len(set(ids)) < len(ids):
             raise RequestError(f"model_id {', '.join(ids)}: each model needs an id of its own")
         publications: list[Ready | None] = [None] * len(requests)
@@ -256,6 +258,21 @@ def _request(options: TrainOptions, file: str | None, model_id: str | None, vers
         if len(options.request or ()) < 2:
             raise
         raise RequestError(f"{file}: {error}") from None
+
+
+def _model_id(options: TrainOptions, request: TrainingRequest) -> str:
+    if request.model_id is None:
+        return random_model_id()
+    question = {
+        "request": request.body(),
+        "target_version": request.target_version,
+        "parquet": options.parquet,
+        "vector_column": options.vector_column,
+        "query": options.query,
+        "seed": options.seed,
+        "use_all_vectors": options.use_all_vectors,
+    }
+    return check_model_id(expand(request.model_id, datetime.now(timezone.utc), question))
 
 
 def connect(options: TrainOptions) -> OpenSearchConnection:

@@ -6,8 +6,11 @@ from __future__ import annotations
 import pickle
 import socket
 import ssl
+import sys
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import cloudpickle
 import numpy as np
@@ -34,7 +37,7 @@ def test_secrets_are_not_accepted_by_value():
     assert "OPENSEARCH_PASSWORD" in message
     assert "search.example.com" in message
     refused(url=f"https://{SECRET}@search.example.com")
-    assert 'password_from must be "env:NAME" or "file:PATH"' in refused(username="me", password_from=SECRET)
+    assert 'must be "env:NAME", "file:PATH" or "secret:NAME"' in refused(username="me", password_from=SECRET)
     assert "bearer_token_from must be" in refused(bearer_token_from=SECRET)
 
 
@@ -98,6 +101,31 @@ def test_missing_environment_is_named(monkeypatch):
     connection = OpenSearchConnection("http://h", bearer_token_from="file:/no/such/file")
     with pytest.raises(RequestError, match=r"/no/such/file .* cannot be read"):
         Session(connection)
+
+
+def test_secret_manager_is_asked_where_the_connection_is_opened(monkeypatch):
+    name = "projects/p/secrets/opensearch/versions/latest"
+    environ = {"OPENSEARCH_URL": "http://h", "OPENSEARCH_USERNAME": "me", "OPENSEARCH_PASSWORD_SECRET": name}
+    connection = OpenSearchConnection.from_env(environ)
+    assert connection.password_from == f"secret:{name}"
+    monkeypatch.setitem(sys.modules, "google.cloud.secretmanager", None)
+    with pytest.raises(RequestError, match=rf"{name} cannot be read \(it takes apache-beam\[gcp\]\): "):
+        connection.client_arguments()
+
+    class Client:
+        """Stands in for Google's client: there is no Secret Manager without Google's cloud."""
+
+        def access_secret_version(self, request):
+            assert request == {"name": name}
+            return SimpleNamespace(payload=SimpleNamespace(data=f"{SECRET}\n".encode()))
+
+    cloud = sys.modules.get("google.cloud") or types.ModuleType("google.cloud")
+    stub = SimpleNamespace(SecretManagerServiceClient=Client)
+    monkeypatch.setitem(sys.modules, "google.cloud", cloud)
+    monkeypatch.setattr(cloud, "secretmanager", stub, raising=False)
+    monkeypatch.setitem(sys.modules, "google.cloud.secretmanager", stub)
+    assert connection.client_arguments()["http_auth"] == ("me", SECRET)
+    assert SECRET not in str(pickle.dumps(connection))
 
 
 def test_secrets_are_not_in_repr_pickles_or_display_data(monkeypatch):

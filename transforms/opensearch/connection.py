@@ -2,8 +2,8 @@
 """`OpenSearchConnection`: where a cluster is and where the secrets to reach it are kept, never the secrets themselves.
 
 The value is pickled into job graphs, shown in display data and printed in logs. So a password or a token is named by a
-*reference*, `env:NAME` or `file:PATH`, that is looked up where the connection is opened: on the launcher to plan, on
-each worker to read. Workers need the same environment variables or files.
+*reference*, `env:NAME`, `file:PATH` or `secret:NAME` (of Google Cloud's Secret Manager), that is looked up where the
+connection is opened: on the launcher to plan, on each worker to read. Workers need the same variables, files or rights.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class OpenSearchConnection:
       url: `http(s)://host:port[/prefix]`; several of one cluster are separated by commas. User and password are refused
         here.
       username: for basic authentication, with `password_from`.
-      password_from: `env:NAME` or `file:PATH`.
-      bearer_token_from: `env:NAME` or `file:PATH`, for JWT or OpenID tokens.
+      password_from: `env:NAME`, `file:PATH` or `secret:projects/.../secrets/.../versions/...`.
+      bearer_token_from: the same, for JWT or OpenID tokens.
       ca_certs: file of the certificate authority; the system's are used without it.
       client_cert: PEM file of a client certificate.
       client_key: PEM file of its key; not needed when `client_cert` holds both.
@@ -61,9 +61,11 @@ class OpenSearchConnection:
             _check_url(url)
         for name in ("password_from", "bearer_token_from"):
             reference = getattr(self, name)
-            if reference is not None and not reference.startswith(("env:", "file:")):
+            if reference is not None and not reference.startswith(("env:", "file:", "secret:")):
                 # The value is not shown: it may be the secret itself.
-                raise RequestError(f'{name} must be "env:NAME" or "file:PATH", which says where the secret is kept')
+                raise RequestError(
+                    f'{name} must be "env:NAME", "file:PATH" or "secret:NAME", which says where the secret is kept'
+                )
         if (self.username is None) != (self.password_from is None):
             raise RequestError("basic authentication needs both a username and a password")
         if self.client_key and not self.client_cert:
@@ -83,9 +85,9 @@ class OpenSearchConnection:
     def from_env(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> OpenSearchConnection:
         """A connection from `OPENSEARCH_*` variables; `options` that are not None win over them.
 
-        URL, USERNAME, PASSWORD or PASSWORD_FILE, BEARER_TOKEN or BEARER_TOKEN_FILE, CA_CERTS, CLIENT_CERT, CLIENT_KEY,
-        AWS_REGION, AWS_SERVICE, VERIFY_CERTS (`false` to turn off), TIMEOUT_S. Of a secret only the variable's name is
-        kept.
+        URL, USERNAME, PASSWORD, BEARER_TOKEN, CA_CERTS, CLIENT_CERT, CLIENT_KEY, AWS_REGION, AWS_SERVICE, VERIFY_CERTS
+        (`false` to turn off), TIMEOUT_S. In place of PASSWORD or BEARER_TOKEN, PASSWORD_FILE names a file and
+        PASSWORD_SECRET a secret of Google Cloud's Secret Manager. Of a secret only the name is kept.
         """
 
         def get(name: str) -> str | None:
@@ -95,6 +97,9 @@ class OpenSearchConnection:
             path = get(f"{name}_FILE")
             if path:
                 return f"file:{path}"
+            managed = get(f"{name}_SECRET")
+            if managed:
+                return f"secret:{managed}"
             return f"env:OPENSEARCH_{name}" if get(name) else None
 
         found: dict[str, Any] = {
@@ -189,11 +194,22 @@ def _secret(reference: str) -> str:
         if not value:
             raise RequestError(f"the environment variable {name} is not set on this machine")
         return value
+    if kind == "secret":
+        return _managed_secret(name)
     try:
         with open(name, encoding="utf-8") as file:
             return file.read().rstrip("\r\n")
     except OSError as error:
         raise RequestError(f"the file {name} with the OpenSearch secret cannot be read: {error.strerror}") from None
+
+
+def _managed_secret(name: str) -> str:
+    from apache_beam.utils.secret import GcpSecret
+
+    try:
+        return GcpSecret(name).get_str().rstrip("\r\n")
+    except RuntimeError as error:
+        raise RequestError(f"the secret {name} cannot be read (it takes apache-beam[gcp]): {error}") from None
 
 
 def _existing(path: str | None) -> str | None:

@@ -330,6 +330,24 @@ def usage(session: Session, model_id: str | None = None) -> dict[str, list[str]]
     return used
 
 
+def template_usage(session: Session) -> dict[str, list[str]]:
+    """Model id to the index and component templates whose mappings name it, for the indices that are yet to be made.
+
+    Raises NotPermitted.
+    """
+    used: dict[str, list[str]] = {}
+    for kind, path, key in (
+        ("index template", "/_index_template", "index_templates"),
+        ("component template", "/_component_template", "component_templates"),
+    ):
+        found = call(session, "GET", path, {"filter_path": f"{key}.name,{key}.**.model_id"}) or {}
+        for entry in found.get(key, []):
+            template = entry.get(key.removesuffix("s"), {}).get("template", {})
+            for _, model_id in _model_fields(template.get("mappings", {})):
+                used.setdefault(model_id, []).append(f"{kind} {entry['name']}")
+    return used
+
+
 def _model_fields(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for group in ("properties", "fields"):
         for name, field in mapping.get(group, {}).items():
