@@ -323,7 +323,8 @@ def _row(model: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    """For people with indents; for programs one line, the last of the output."""
+    print(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
 
 
 def main() -> None:

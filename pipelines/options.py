@@ -102,12 +102,25 @@ def parse(argv: Sequence[str]) -> tuple[TrainOptions, bool]:
     Raises:
       RequestError: a flag is unknown or a value does not fit; it names the flag and the nearest one.
     """
-    rest = [word for word in argv if word != "--dry_run"]
     ours = _Parser(allow_abbrev=False, add_help=False)
     TrainOptions._add_argparse_args(ours)
+    rest = _without_values([word for word in argv if word != "--dry_run"], ours)
     _, others = ours.parse_known_args(rest)
     _refuse_unknown(others, ours)
     return TrainOptions(rest), len(rest) < len(argv)
+
+
+def _without_values(words: Sequence[str], ours: argparse.ArgumentParser) -> list[str]:
+    """`words` with the values taken off flags that have none: launchers of Dataflow templates write `--flag=true`."""
+    bare = {name for action in ours._actions if action.nargs == 0 for name in action.option_strings}
+    kept = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in bare or value.lower() not in ("true", "false"):
+            kept.append(word)
+        elif value.lower() == "true":
+            kept.append(name)
+    return kept
 
 
 def print_help() -> None:

@@ -97,9 +97,32 @@ def tell(
     totals = [(label, f"{counted[name]:,}") for name, label in _COUNTED if counted.get(name)]
     if totals:
         display.table(totals)
+    for plan, outcome in zip(plans, outcomes, strict=True):
+        _print_result(plan, files, outcome.written, outcome.published or {})
     if problems:
         raise TrainingError("; ".join(problems))
     return models
+
+
+def tell_states(plans: Sequence[Plan], files: ModelFiles) -> None:
+    """Prints what has come of the models so far, where no step has reported: the run failed or goes on elsewhere."""
+    for plan in plans:
+        _print_result(plan, files, files.get(plan.model_id), {})
+
+
+def _print_result(plan: Plan, files: ModelFiles, written: Mapping[str, Any], published: Mapping[str, Any]) -> None:
+    """A line of JSON for the program that started the run; the last lines on stdout are these, one for each model."""
+    done = published.get("state") == CREATED
+    result = {
+        "model_id": plan.model_id,
+        "state": written["state"],
+        "error": written["error"] or published.get("error", ""),
+        "path": files.path(plan.model_id),
+        "published": done,
+        "route": published.get("route") if done else None,
+        "exact": published.get("exact") if done else None,
+    }
+    print(json.dumps(result), flush=True)
 
 
 def _summary(model: Mapping[str, Any], path: str, seconds: float) -> list[tuple[str, str]]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
-from pipelines.model_ids import expand
 from pipelines.options import TrainOptions, body
 from pipelines.resume import KeptSample, matching
 from transforms import faiss_training
@@ -17,6 +16,7 @@ from transforms.errors import RequestError
 from transforms.files import read_whole
 from transforms.model import random_model_id
 from transforms.model_files import check_model_id
+from transforms.model_ids import expand
 from transforms.opensearch import OpenSearchConnection, OpenSearchVectors, Session, model_index
 from transforms.opensearch.publishing import Ready, preflight
 from transforms.opensearch.session import LAUNCHER_ATTEMPTS

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.model_ids import matcher
 from transforms.errors import RequestError
 from transforms.model import CREATED, FAILED
+from transforms.model_ids import matcher
 
 
 @dataclass(frozen=True)

@@ -95,26 +95,32 @@ def _claim(files: ModelFiles, plans: Sequence[Plan], overwrite: bool) -> None:
 def _train(plans: Sequence[Plan], options: TrainOptions, files: ModelFiles) -> list[Mapping[str, Any]]:
     start = time.monotonic()
     folder = None
+    # The launcher of a Dataflow flex template hands the job over and must end: nothing of it is to be waited for.
+    launches = options.view_as(GoogleCloudOptions).template_location is not None
     try:
         with _cancel_on_signals(), _folder(plans, options) as folder, display.live(_totals(plans)):
             failed = True
             try:
-                result = _run(plans, options, folder.path)
-                outcomes = [outcome.read(folder.path, plan) for plan in plans]
+                result = _run(plans, options, folder.path, wait=not launches)
+                outcomes = [] if launches else [outcome.read(folder.path, plan) for plan in plans]
                 failed = any(each.written["state"] != CREATED for each in outcomes)
             finally:
-                folder.keep = failed and not progress.cancelled() and resume.has_sample(folder.path)
+                folder.keep = launches or (failed and not progress.cancelled() and resume.has_sample(folder.path))
     except BaseException as error:
         reason = _reason(error)
         for plan in plans:
             if files.get(plan.model_id)["state"] == TRAINING:
                 files.describe(plan.model_id, _described(plan, FAILED, reason))
+        outcome.tell_states(plans, files)
         if isinstance(error, (RequestError, TrainingError)) or reason != str(error):
             raise TrainingError(reason) from error
         raise
     finally:
-        if folder is not None and folder.keep:
+        if folder is not None and folder.keep and not launches:
             display.say(f"the sample is kept in {folder.path}: the same command with --resume trains on it")
+    if launches:
+        outcome.tell_states(plans, files)
+        return []
     return outcome.tell(plans, outcomes, files, time.monotonic() - start, outcome.counters(result))
 
 
@@ -126,14 +132,15 @@ def _folder(plans: Sequence[Plan], options: TrainOptions) -> AbstractContextMana
     return run_folder.create(options.view_as(GoogleCloudOptions).temp_location)
 
 
-def _run(plans: Sequence[Plan], options: TrainOptions, folder: str) -> Any:
+def _run(plans: Sequence[Plan], options: TrainOptions, folder: str, wait: bool) -> Any:
     if options.view_as(StandardOptions).runner is None:
         options.view_as(StandardOptions).runner = LOCAL_RUNNER
     with _quiet_beam():
         pipeline = beam.Pipeline(options=options)
         build(pipeline, plans, options, folder)
         result = pipeline.run()
-        result.wait_until_finish()
+        if wait:
+            result.wait_until_finish()
     return result
 
 

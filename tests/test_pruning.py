@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from pipelines import models
-from pipelines.model_ids import expand, matcher
 from pipelines.pruning import newest, verdicts
 from tests.opensearch_server import OpenSearchServer
 from tests.publish_cases import CASES
 from transforms.errors import RequestError
 from transforms.model import CREATED, FAILED, TRAINING
 from transforms.model_files import ModelFiles
+from transforms.model_ids import expand, matcher
 from transforms.opensearch import OpenSearchConnection, Session, model_index
 from transforms.opensearch.publishing import publish
 

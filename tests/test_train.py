@@ -113,6 +113,9 @@ def test_trains_a_model_that_faiss_trains_from_the_same_rows(
     assert model["provenance"]["blob_sha256"] == hashlib.sha256(blob).hexdigest()
     printed = capsys.readouterr()
     assert json.loads(printed.out.splitlines()[0]) == {"model_id": "m1"}
+    path = str(work / "models" / "m1")
+    told = {"model_id": "m1", "state": "created", "error": "", "path": path}
+    assert json.loads(printed.out.splitlines()[-1]) == {**told, "published": False, "route": None, "exact": None}
     assert "4,096" in printed.out
     assert "sample: 4,096 of 12,000 vectors (256 a centroid, which is all that faiss uses)" in printed.err
     assert os.listdir(work / "temp") == []
@@ -231,6 +234,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         (["--parquet", "/nowhere/*.parquet"], "no Parquet file matches '/nowhere/*.parquet'"),
         (["--vector_column", "w"], "no column 'w' in"),
         (["--model_id", "a/b"], "model_id 'a/b' cannot name a folder"),
+        (["--model_id", "a-{day}"], "model_id 'a-{day}' has '{day}', expected one of {date}, {time}, {sha}"),
+        (["--overwrite=maybe"], "argument --overwrite: ignored explicit argument 'maybe'"),
         (["--reader", "magic"], "argument --reader: invalid choice: 'magic'"),
         (["--target_version", "1.0"], "1.0"),
     ],
@@ -273,6 +278,24 @@ def test_an_existing_id_is_refused_and_left_alone(work: Path, export: str) -> No
     assert again["provenance"]["seed"] == 2
 
 
+def test_an_id_says_what_was_asked(work: Path, export: str) -> None:
+    ids = [
+        trained(arguments(work, export, "--model_id", "m-{sha}", "--overwrite", *more))["model_id"]
+        for more in ([], [], ["--seed", "1"], ["--max_training_vector_count", "1000"])
+    ]
+    assert ids[0] == ids[1]
+    assert len({*ids}) == 3
+    assert all(re.fullmatch("m-[0-9a-f]{8}", each) for each in ids)
+    day = trained(arguments(work, export, "--model_id", "m-{date}T{time}"))["model_id"]
+    assert re.fullmatch(r"m-20\d{6}T\d{6}", day)
+
+
+def test_flags_without_a_value_may_have_one() -> None:
+    """As the launchers of Dataflow templates write them."""
+    options, _ = parse(["--overwrite=true", "--use_all_vectors=False", "--no_verify=TRUE"])
+    assert (options.overwrite, options.use_all_vectors, options.verify) == (True, False, False)
+
+
 def test_duplicate_keys_in_the_file_are_seen(work: Path, export: str) -> None:
     (work / "request.json").write_text(json.dumps(REQUEST)[:-1] + ', "dimension": 16}')
     with pytest.raises(RequestError, match="Duplicate field 'dimension'"):
@@ -292,10 +315,13 @@ def test_a_dead_trainer_fails_the_model(work: Path, export: str) -> None:
         trainer = [int(pid) for pid in found.split()]
         time.sleep(0.02)
     os.kill(trainer[0], signal.SIGKILL)
-    _, errors = child.communicate(timeout=60)
+    printed, errors = child.communicate(timeout=60)
     assert child.returncode == 1
     assert errors.splitlines()[-1].startswith("failed: the training process was killed (SIGKILL)")
     assert "Traceback" not in errors
+    told = json.loads(printed.splitlines()[-1])
+    assert (told["model_id"], told["state"], told["published"]) == ("m1", "failed", False)
+    assert told["error"].startswith("the training process was killed (SIGKILL)")
     model = ModelFiles(str(work / "models")).get("m1")
     assert model["state"] == "failed"
     assert "ran out of memory" in model["error"]
