@@ -108,6 +108,13 @@ def test_overwrite_of_a_failed_model(files: ModelFiles) -> None:
     assert files.get("m1")["state"] == TRAINING
 
 
+def test_what_the_launcher_said_of_a_failure_stays(files: ModelFiles) -> None:
+    claim(files)
+    files.describe("m1", model(blob=None, error="interrupted").json())
+    files.write(model(blob=None, error="no such folder"))
+    assert (files.get("m1")["state"], files.get("m1")["error"]) == (FAILED, "interrupted")
+
+
 def test_writing_twice_changes_nothing(files: ModelFiles) -> None:
     claim(files)
     one = model()

@@ -4,6 +4,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,16 @@ def test_spills_of_another_width_are_refused(tmp_path: Path) -> None:
     writer.append(np.zeros(1, np.uint64), np.zeros((1, 4), np.float32))
     with pytest.raises(ValueError, match="5 columns of <f4 among vectors with 4 columns of <f4"):
         writer.append(np.zeros(1, np.uint64), np.zeros((1, 5), np.float32))
+
+
+def test_a_run_that_was_given_up_spills_no_more(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    writer = SpillWriter(str(folder))
+    writer.append(np.zeros(1, np.uint64), np.zeros((1, 4), np.float32))
+    shutil.rmtree(folder)
+    with pytest.raises(TrainingError, match=r"the run was given up: .* is gone"):
+        writer.append(np.zeros(1, np.uint64), np.zeros((1, 4), np.float32))
 
 
 # --- the transform ---

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ VECTORS = np.random.default_rng(0).standard_normal((2_000, 8)).astype(np.float32
 def job(
     folder: Path, size: int = 1_900, held_out: int = 16, vectors: np.ndarray = VECTORS, nlist: int = 4
 ) -> TrainingJob:
+    folder.mkdir(exist_ok=True)
     writer = SpillWriter(str(folder))
     writer.append(np.arange(len(vectors), dtype=np.uint64), vectors)
     written = writer.close()
@@ -109,6 +111,21 @@ train_in_process(job(Path({str(tmp_path)!r}), vectors=np.tile(VECTORS, (200, 1))
     worker.wait()
     trainer.wait(10)  # raises TimeoutExpired if it lives on
     assert not trainer.is_running()
+
+
+def test_it_ends_when_the_run_s_folder_is_gone(tmp_path: Path) -> None:
+    """So that a cancelled run does not train on where the runner has not stopped its step."""
+    large = job(tmp_path / "run", vectors=np.tile(VECTORS, (200, 1)), size=400_000, nlist=4_000)
+    removed = threading.Event()
+
+    def remove(stage: str, *_: int) -> None:
+        if stage == "k-means" and not removed.is_set():
+            shutil.rmtree(tmp_path / "run")
+            removed.set()
+
+    with pytest.raises(TrainingError, match="the training process ended with code 1"):
+        train_in_process(large, remove)
+    assert removed.is_set()
 
 
 def test_kill_children_ends_a_training(tmp_path: Path) -> None:

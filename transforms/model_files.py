@@ -20,7 +20,7 @@ from apache_beam.metrics import Metrics
 
 from transforms import files
 from transforms.errors import RequestError, TrainingError
-from transforms.model import CREATED, TRAINING, TrainedModel, sha256
+from transforms.model import CREATED, FAILED, TRAINING, TrainedModel, sha256
 from transforms.reading import METRICS
 from transforms.request_body import MAX_MODEL_ID_BYTES
 
@@ -69,10 +69,10 @@ class ModelFiles:
     def write(self, model: TrainedModel) -> None:
         """Writes the blob, if there is one, and then says so. Doing it again changes nothing.
 
-        A failure does not replace a model that was created before.
+        A failure replaces neither a model that was created before nor what the launcher says of a run that it gave up.
         """
         before = self.state(model.model_id)
-        if model.blob is None and before == CREATED:
+        if model.blob is None and before in (CREATED, FAILED):
             return
         if model.blob is not None:
             if before == CREATED:  # no reader may take the new blob for the one that the old description is about

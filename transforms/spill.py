@@ -10,6 +10,7 @@ Nothing here imports Beam unless a path is remote: the training process starts i
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from transforms.files import open_file, read_whole
+from transforms.errors import TrainingError
+from transforms.files import is_local, open_file, read_whole
 
 _READ_BYTES = 4 << 20
 
@@ -61,12 +63,19 @@ class SpillWriter:
         self._dtype = ""
 
     def append(self, priorities: np.ndarray, vectors: np.ndarray) -> None:
-        """Adds (n,) uint64 priorities and their (n, columns) vectors."""
+        """Adds (n,) uint64 priorities and their (n, columns) vectors.
+
+        Raises:
+          TrainingError: the folder has been removed.
+        """
         if not len(priorities):
             return
         if self._file is None:
             self._columns, self._dtype = vectors.shape[1], vectors.dtype.str
             self._file = open_file(self._path + ".vectors", "wb")
+        elif is_local(self._path) and not os.path.exists(self._path + ".vectors"):
+            # Not every runner stops the steps of a cancelled job, and these would read on.
+            raise TrainingError(f"the run was given up: {self._path} is gone")
         elif (vectors.shape[1], vectors.dtype.str) != (self._columns, self._dtype):
             raise ValueError(
                 f"vectors with {vectors.shape[1]} columns of {vectors.dtype.str} "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def run(job: TrainingJob, progress: Progress) -> tuple[bytes, dict[str, Any]]:
 
 
 def main(folder: str) -> None:
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_run, args=(folder,), daemon=True).start()
     fields = json.loads(Path(folder, "job.json").read_text())
     fields["spills"] = [Spill(**part) for part in fields["spills"]]
     try:
@@ -182,8 +183,11 @@ def _tell(stage: str, done: int, total: int) -> None:
     print(json.dumps([stage, done, total]), flush=True)
 
 
-def _die_with_parent() -> None:
-    os.read(0, 1)  # not through sys.stdin, whose lock this thread would still hold when the interpreter ends
+def _end_with_run(folder: str) -> None:
+    """Ends this process when the worker is gone, or when the launcher has given up and removed the run's folder."""
+    # Not through sys.stdin, whose lock this thread would still hold when the interpreter ends.
+    while not select.select([0], [], [], 1.0)[0] and os.path.exists(folder):
+        pass
     os._exit(1)
 
 
