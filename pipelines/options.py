@@ -11,6 +11,7 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
 
+from pipelines import remote
 from transforms.errors import RequestError
 from transforms.opensearch.routes import ROUTES
 from transforms.request import NEWEST_TARGET
@@ -176,7 +177,10 @@ def _refuse_unknown(words: Sequence[str], ours: argparse.ArgumentParser) -> None
     for options in {str(kind): kind for kind in PipelineOptions.__subclasses__()}.values():
         if options is not TrainOptions:
             options._add_argparse_args(beams)
-    _, unknown = beams.parse_known_args(list(words))
+    found, unknown = beams.parse_known_args(list(words))
+    if unknown and found.job_endpoint not in (None, "embed"):
+        remote.add_flags(beams, found.job_endpoint)
+        _, unknown = beams.parse_known_args(list(words))
     if not unknown:
         return
     flag = unknown[0].partition("=")[0]

@@ -21,7 +21,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions
 
-from pipelines import display, outcome, resume
+from pipelines import display, outcome, remote, resume
 from pipelines.options import TrainOptions, parse, print_help
 from pipelines.plan import HELD_OUT, Plan, by_source, connect, make_plans
 from transforms import progress, run_folder, trainer_process
@@ -53,6 +53,7 @@ def run(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
     options, dry_run = parse(sys.argv[1:] if argv is None else argv)
     if not options.model_dir and not dry_run:
         raise RequestError("say where the model goes: --model_dir FOLDER")
+    remote.check(options)
     kept = resume.find(options.view_as(GoogleCloudOptions).temp_location)
     plans = make_plans(options, kept)
     for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
@@ -94,11 +95,12 @@ def _claim(files: ModelFiles, plans: Sequence[Plan], overwrite: bool) -> None:
 
 def _train(plans: Sequence[Plan], options: TrainOptions, files: ModelFiles) -> list[Mapping[str, Any]]:
     start = time.monotonic()
+    elsewhere = remote.is_remote(options)  # asked now: Beam takes the runner out of the options when it submits
     folder = None
     # The launcher of a Dataflow flex template hands the job over and must end: nothing of it is to be waited for.
     launches = options.view_as(GoogleCloudOptions).template_location is not None
     try:
-        with _cancel_on_signals(), _folder(plans, options) as folder, display.live(_totals(plans)):
+        with _cancel_on_signals(elsewhere), _folder(plans, options) as folder, display.live(_totals(plans)):
             failed = True
             try:
                 result = _run(plans, options, folder.path, wait=not launches)
@@ -108,11 +110,13 @@ def _train(plans: Sequence[Plan], options: TrainOptions, files: ModelFiles) -> l
                 folder.keep = launches or (failed and not progress.cancelled() and resume.has_sample(folder.path))
     except BaseException as error:
         reason = _reason(error)
+        if elsewhere:
+            reason = remote.reason(reason)
         for plan in plans:
             if files.get(plan.model_id)["state"] == TRAINING:
                 files.describe(plan.model_id, _described(plan, FAILED, reason))
         outcome.tell_states(plans, files)
-        if isinstance(error, (RequestError, TrainingError)) or reason != str(error):
+        if elsewhere or isinstance(error, (RequestError, TrainingError)) or reason != str(error):
             raise TrainingError(reason) from error
         raise
     finally:
@@ -133,6 +137,7 @@ def _folder(plans: Sequence[Plan], options: TrainOptions) -> AbstractContextMana
 
 
 def _run(plans: Sequence[Plan], options: TrainOptions, folder: str, wait: bool) -> Any:
+    elsewhere = remote.is_remote(options)
     if options.view_as(StandardOptions).runner is None:
         options.view_as(StandardOptions).runner = LOCAL_RUNNER
     with _quiet_beam():
@@ -140,7 +145,8 @@ def _run(plans: Sequence[Plan], options: TrainOptions, folder: str, wait: bool) 
         build(pipeline, plans, options, folder)
         result = pipeline.run()
         if wait:
-            result.wait_until_finish()
+            with _cancel_on_signals(elsewhere):  # again: the job servers that Beam starts put themselves in between
+                remote.wait(result)
     return result
 
 
@@ -196,10 +202,11 @@ def _model(sample: beam.PCollection[Sample], plan: Plan, options: TrainOptions, 
     own = sample | f"Take sample{suffix}" >> beam.Map(Sample.first, plan.sample_size + HELD_OUT).with_output_types(
         Sample
     )
-    models = own | f"Train model{suffix}" >> TrainModel(
-        plan.request, plan.model_id, HELD_OUT, options.training_threads, plan.provenance()
-    )
-    written = models | f"Write model{suffix}" >> WriteToModelFiles(options.model_dir)
+    train = TrainModel(plan.request, plan.model_id, HELD_OUT, options.training_threads, plan.provenance())
+    write = WriteToModelFiles(options.model_dir)
+    # Both have the hint: runners fuse only steps with equal ones, and a model is too large to be sent as an element.
+    models = own | f"Train model{suffix}" >> train.with_resource_hints(min_ram=plan.worker_bytes)
+    written = models | f"Write model{suffix}" >> write.with_resource_hints(min_ram=plan.worker_bytes)
     _ = written | f"Report model{suffix}" >> beam.Map(
         outcome.report, outcome.report_path(folder, plan, outcome.WRITTEN)
     )
@@ -266,13 +273,18 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _cancel_on_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a local run in order: contexts are closed, the trainer stops and temporary files go."""
+def _cancel_on_signals(elsewhere: bool) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a run in order: contexts are closed, the trainer stops and temporary files go.
+
+    Steps in this process are told to stop; where they run elsewhere, waiting for them ends with KeyboardInterrupt.
+    """
 
     def cancel(number: int, _: Any) -> None:
         progress.cancel()
         trainer_process.kill_children()
         signal.signal(number, signal.default_int_handler)  # a second one does not wait
+        if elsewhere:
+            raise KeyboardInterrupt
 
     try:
         before = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}

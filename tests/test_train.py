@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ import pytest
 
 from pipelines import models, train
 from pipelines.options import TrainOptions, body, parse
+from pipelines.plan import make_plans
 from tests.opensearch_server import OpenSearchServer
 from transforms import run_folder
 from transforms.errors import RequestError, TrainingError
@@ -300,6 +302,23 @@ def test_duplicate_keys_in_the_file_are_seen(work: Path, export: str) -> None:
     (work / "request.json").write_text(json.dumps(REQUEST)[:-1] + ', "dimension": 16}')
     with pytest.raises(RequestError, match="Duplicate field 'dimension'"):
         train.run(arguments(work, export))
+
+
+def test_the_training_step_asks_for_the_memory_that_the_plan_states(work: Path, export: str) -> None:
+    """And no other step does, but the one that is fused with it."""
+    options, _ = parse(arguments(work, export))
+    (plan,) = make_plans(options)
+    pipeline = beam.Pipeline(runner=train.LOCAL_RUNNER)
+    train.build(pipeline, [plan], options, str(work / "temp"))
+    components = pipeline.to_runner_api().components
+    asked = {}
+    for transform in components.transforms.values():
+        hints = components.environments[transform.environment_id].resource_hints if transform.environment_id else {}
+        for value in hints.values():
+            asked[transform.unique_name] = int(value)
+    wanted = plan.memory_bytes + 300_000_000
+    steps = ("Train model", "Train model/Train", "Write model", "Write model/Write model files")
+    assert asked == dict.fromkeys(steps, wanted)
 
 
 # --- failed runs: exit code 1, one line, the model says why ---
