@@ -7,7 +7,7 @@ READY := .venv/.ready
 # A shell's own PYTHONPATH would come before what is installed here.
 unexport PYTHONPATH
 
-.PHONY: train test check dist benchmarks clean
+.PHONY: train test check dist flink benchmarks clean
 
 train: $(READY)
 	$(BIN)/python -m tests.demo patches .data/patches
@@ -32,6 +32,10 @@ dist: $(READY)
 	cd build && clean/bin/python -c "import pipelines.train, transforms.opensearch, transforms.training"
 	cd build && clean/bin/knn-train --help > /dev/null
 	@echo "dist: $$(ls dist | tr '\n' ' ')installed and imported"
+
+# Brings up a Flink cluster and an OpenSearch node, trains on them what it trains locally, breaks them, ends them.
+flink: $(READY)
+	CI=true $(BIN)/python -m pytest -v -rP --show-capture=stdout tests/test_flink.py
 
 benchmarks: $(READY)
 	$(BIN)/python -m tests.benchmarks

@@ -201,7 +201,7 @@ class OpenSearchServer:
                 user=user,
                 group=group,
                 extra_groups=[] if user is not None else None,
-                preexec_fn=_die_with_parent(),  # only makes system calls
+                preexec_fn=die_with_parent(),  # only makes system calls
             )
 
     def _wait_until_healthy(self, port: int) -> None:
@@ -251,7 +251,7 @@ def find_java(release: Release) -> Path:
     user = unprivileged_user()
     fitting = []
     for home in java_homes():
-        version = _java_version(home)
+        version = java_version(home)
         fits = version >= release.oldest_java and version <= (release.newest_java or version)
         if fits and (user is None or _open_to_others(home / "bin" / "java")):
             fitting.append((version, home))
@@ -274,7 +274,7 @@ def java_homes() -> Iterator[Path]:
             yield home
 
 
-def _java_version(home: Path) -> int:
+def java_version(home: Path) -> int:
     """The feature release: 17 for `17.0.15`, 8 for `1.8.0`; 0 if it cannot be told."""
     try:
         text = (home / "release").read_text()
@@ -310,7 +310,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def die_with_parent() -> Callable[[], None] | None:
     """On Linux the kernel ends the node when we end, however we end: a killed test run leaves no JVM behind."""
     if sys.platform != "linux":
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -51,6 +52,7 @@ class Run:
     code: int
     output: str
     errors: str
+    blob_bytes: int
     blob_sha256: str
     seconds: float
 
@@ -61,17 +63,39 @@ class Run:
         return self
 
 
-def knn_train(work: Path, *flags: str) -> Run:
-    """Trains `REQUEST` with `flags` in a folder of its own. A run hangs for 5 minutes at most."""
+@dataclass(frozen=True)
+class Job:
+    """A run of `knn-train` that has begun in the folder `work`."""
+
+    work: Path
+    process: subprocess.Popen[str]
+    start: float
+
+    def wait(self) -> Run:
+        """Its end, for which it has 5 minutes."""
+        try:
+            output, errors = self.process.communicate(timeout=300)
+        finally:
+            self.process.kill()
+        seconds = time.monotonic() - self.start
+        kept = re.findall(r"^the sample is kept in (\S+):", errors, re.MULTILINE)
+        assert [str(path) for path in (self.work / "temp").iterdir()] == kept, "temporary files are left"
+        path = self.work / "models" / "model" / "model.faiss"
+        blob = path.read_bytes() if path.exists() else b""
+        digest = hashlib.sha256(blob).hexdigest() if blob else ""
+        return Run(self.process.returncode, output, errors, len(blob), digest, seconds)
+
+
+def start_knn_train(work: Path, *flags: str) -> Job:
+    """Begins to train `REQUEST` with `flags` in a folder of its own."""
     work.mkdir(parents=True, exist_ok=True)
     (work / "temp").mkdir(exist_ok=True)
     (work / "request.json").write_text(json.dumps(REQUEST))
     command = [sys.executable, "-m", "pipelines.train", "--request", f"{work}/request.json", "--model_id", "model"]
     command += ["--model_dir", f"{work}/models", "--temp_location", f"{work}/temp", "--seed", "5", *flags]
     start = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    seconds = time.monotonic() - start
-    assert not list((work / "temp").iterdir()), "temporary files are left"
-    blob = work / "models" / "model" / "model.faiss"
-    digest = hashlib.sha256(blob.read_bytes()).hexdigest() if blob.exists() else ""
-    return Run(done.returncode, done.stdout, done.stderr, digest, seconds)
+    return Job(work, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), start)
+
+
+def knn_train(work: Path, *flags: str) -> Run:
+    return start_knn_train(work, *flags).wait()
