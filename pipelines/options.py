@@ -13,6 +13,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentP
 
 from pipelines import remote
 from transforms.errors import RequestError
+from transforms.opensearch.reading import MAX_REQUESTS_IN_FLIGHT
 from transforms.opensearch.routes import ROUTES
 from transforms.request import NEWEST_TARGET
 
@@ -76,6 +77,13 @@ class TrainOptions(PipelineOptions):
             help="how OpenSearch is asked for vectors (default: the fastest way that it answers correctly)",
         )
         source("--slices", type=int, default=0, help="parts of an index to read independently (default: by its size)")
+        source(
+            "--max_requests_in_flight",
+            type=int,
+            default=MAX_REQUESTS_IN_FLIGHT,
+            metavar="N",
+            help="most requests of one worker process that the cluster works on at a time (default %(default)s)",
+        )
         source("--max_bad_vectors", type=int, default=0, help="bad vectors to pass over and list (default 0)")
 
         run = parser.add_argument_group("sample, training and result").add_argument

@@ -153,6 +153,7 @@ _COUNTED = (
     ("vectors_rejected", "bad vectors"),
     ("documents_without_vector", "without a vector"),
     ("requests_retried", "requests retried"),
+    ("paused_msec", "ms paused, cluster busy"),
     ("bytes_received", "bytes received"),
 )
 

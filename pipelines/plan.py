@@ -313,6 +313,7 @@ def _source(options: TrainOptions, request: TrainingRequest, connection: OpenSea
         search_size=request.search_size,
         reader=options.reader,
         slices_wanted=options.slices,
+        max_requests_in_flight=options.max_requests_in_flight,
     )
 
 

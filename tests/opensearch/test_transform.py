@@ -50,8 +50,8 @@ def test_blocks_and_metrics(index):
     assert counted["slices_done"] == 5
     assert counted["documents_without_vector"] == 3
     assert counted["bytes_received"] > 500 * 32
-    # A point in time, a page and a goodbye for each slice.
-    assert counted["requests"] == 3 * counted["slices_done"]
+    # A point in time, a page and a goodbye for each slice, and a look at the node's queue every other second.
+    assert 3 * counted["slices_done"] <= counted["requests"] < 4 * counted["slices_done"]
     assert counted["request_msec"].count == counted["requests"]
     assert counted["block_rows"].sum == 500
     assert counted.get("requests_retried", 0) == 0

@@ -52,6 +52,7 @@ class Page:
       draws: (n,) uint64 below DRAWS; not meaningful for nested objects.
       vectors: (n, columns) float32, int8 or uint8.
       bad: (`_seq_no`, reason) of vectors that cannot be used.
+      size: bytes of the response.
     """
 
     hits: int
@@ -61,6 +62,7 @@ class Page:
     draws: np.ndarray
     vectors: np.ndarray
     bad: list[tuple[int, str]] = field(default_factory=list)
+    size: int = 0
 
 
 def decode_cbor(data: bytes, key: str, columns: int, dtype: np.dtype) -> Page:

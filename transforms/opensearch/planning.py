@@ -44,6 +44,8 @@ class Slice:
       reader: name of the reader that was found to work.
       alias_filter: JSON query of the filtered alias by which the index was named, or empty.
       documents_without_vector: counted on planning, in the first slice for the whole source, else 0.
+      objects: vectors in a document on average; more than 1 only where the field is nested.
+      nodes: ids of the nodes that hold a copy of the shard; empty where that may not be known.
     """
 
     index: str
@@ -55,12 +57,15 @@ class Slice:
     reader: str
     alias_filter: str = ""
     documents_without_vector: int = 0
+    objects: float = 1.0
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Shard:
     index: str
     number: int
+    nodes: tuple[str, ...]
     alias_filter: str
     field: VectorField
     documents: int
@@ -103,8 +108,11 @@ def make_plan(
     try:
         fields = _fields(session, expression, field, dimension, data_type)
         shards = []
-        for index, (numbers, alias_filter) in _shards(session, expression, list(fields)).items():
-            shards += [_count(session, index, number, fields[index], query, alias_filter) for number in numbers]
+        for index, (copies, alias_filter) in _shards(session, expression, list(fields)).items():
+            shards += [
+                _count(session, index, number, nodes, fields[index], query, alias_filter)
+                for number, nodes in copies.items()
+            ]
         held = [shard for shard in shards if shard.documents]
         probed: dict[str, Reader] = {}
         for shard in held:
@@ -205,26 +213,29 @@ def _nested_parents(session: Session, expression: str, name: str) -> dict[str, s
     return parents
 
 
-def _shards(session: Session, expression: str, indices: list[str]) -> dict[str, tuple[list[int], str]]:
-    """Shard numbers and alias filter (JSON, or empty) of each concrete index."""
+def _shards(session: Session, expression: str, indices: list[str]) -> dict[str, tuple[dict[int, tuple[str, ...]], str]]:
+    """Shard numbers with the ids of the nodes that hold them, and alias filter (JSON, or empty), of each concrete
+    index.
+    """
     try:
         found = session.json("GET", f"/{path_of(expression)}/_search_shards")
     except ServerError as error:
         if error.status != 403 or any(index not in expression.split(",") for index in indices):
             raise
         # Without that permission an alias could hide a filter, but these are names of indices.
-        return {index: (list(range(_shard_count(session, index))), "") for index in indices}
-    numbers: dict[str, set[int]] = {}
+        return {index: (dict.fromkeys(range(_shard_count(session, index)), ()), "") for index in indices}
+    held: dict[str, dict[int, set[str]]] = {}
     for copies in found["shards"]:
         for copy in copies:
-            numbers.setdefault(copy["index"], set()).add(copy["shard"])
-    missing = [index for index in indices if index not in numbers]
+            held.setdefault(copy["index"], {}).setdefault(copy["shard"], set()).add(copy["node"])
+    missing = [index for index in indices if index not in held]
     if missing:
         raise TrainingError(f'Index "{missing[0]}" has no shard that can be searched')
     result = {}
     for index in indices:
         alias_filter = found["indices"].get(index, {}).get("filter")
-        result[index] = (sorted(numbers[index]), json.dumps(alias_filter) if alias_filter else "")
+        nodes = {number: tuple(sorted(held[index][number])) for number in sorted(held[index])}
+        result[index] = (nodes, json.dumps(alias_filter) if alias_filter else "")
     return result
 
 
@@ -233,7 +244,15 @@ def _shard_count(session: Session, index: str) -> int:
     return int(session.json("POST", f"/{path_of(index)}/_search", body=body)["_shards"]["total"])
 
 
-def _count(session: Session, index: str, number: int, field: VectorField, query: str, alias_filter: str) -> _Shard:
+def _count(
+    session: Session,
+    index: str,
+    number: int,
+    nodes: tuple[str, ...],
+    field: VectorField,
+    query: str,
+    alias_filter: str,
+) -> _Shard:
     """How many vectors a shard has and the range of their `_seq_no`, by one search that returns no hits."""
     aggregations: dict[str, Any] = {"first": {"min": {"field": "_seq_no"}}, "last": {"max": {"field": "_seq_no"}}}
     if field.nested:
@@ -253,7 +272,7 @@ def _count(session: Session, index: str, number: int, field: VectorField, query:
     vectors = found["objects"]["with"]["doc_count"] if field.nested else documents
     first, last = (int(found[name]["value"]) for name in ("first", "last")) if documents else (0, -1)
     without = answer["hits"]["total"]["value"] - documents
-    return _Shard(index, number, alias_filter, field, documents, vectors, without, first, last)
+    return _Shard(index, number, nodes, alias_filter, field, documents, vectors, without, first, last)
 
 
 def _complete(data: bytes) -> Any:
@@ -298,6 +317,8 @@ def _split(shards: Sequence[_Shard], readers: dict[str, Reader], without: int, s
                     reader,
                     shard.alias_filter,
                     counted,
+                    shard.vectors / shard.documents,
+                    shard.nodes,
                 )
             )
     return result

@@ -14,8 +14,9 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlencode
 
 import cbor2
@@ -30,8 +31,13 @@ CBOR = "application/cbor"
 
 #: Tries of one request, about a minute of waiting in all: a node restarts in less.
 ATTEMPTS = 10
+#: Tries of a request that a busy cluster refuses (429), in a session with a gate: about nine minutes, a peak passes.
+BUSY_ATTEMPTS = 40
 #: On the launcher a wrong address should not take long to report.
 LAUNCHER_ATTEMPTS = 3
+
+#: Connections that a session keeps open at most.
+POOL_SIZE = 64
 
 _RETRIED = frozenset({408, 429, 502, 503, 504})
 _FIRST_WAIT_S = 0.25
@@ -64,20 +70,36 @@ class PartialResult(Exception):
 
 @dataclass
 class RequestStats:
-    """What a session has done so far; `request_msec` has one entry, milliseconds, for each successful request."""
+    """What a session has done so far; `request_msec` has one entry, milliseconds, for each successful request.
+
+    `paused_msec` are those spent waiting because the cluster was busy.
+    """
 
     requests: int = 0
     retried: int = 0
     bytes_received: int = 0
+    paused_msec: int = 0
     request_msec: list[int] = field(default_factory=list)
 
 
+class Gate(Protocol):
+    """Through which the requests of a session go; see `transforms.opensearch.throttle`."""
+
+    @property
+    def permit(self) -> AbstractContextManager[object]:
+        """Held while a request is in flight."""
+
+    def refused(self) -> None:
+        """The cluster answered 429."""
+
+
 class Session:
-    """An open connection, for one thread at a time.
+    """An open connection, which threads may share.
 
     Args:
       connection: its secrets are looked up here.
       attempts: tries of one request before giving up.
+      gate: if there is one, refusals (429) have BUSY_ATTEMPTS tries of their own.
 
     Raises:
       RequestError: a secret or certificate file is missing, here or for every request below: the cluster refuses the
@@ -86,15 +108,21 @@ class Session:
       TrainingError: the cluster cannot be reached or fails, after all tries.
     """
 
-    def __init__(self, connection: OpenSearchConnection, attempts: int = ATTEMPTS):
+    def __init__(self, connection: OpenSearchConnection, attempts: int = ATTEMPTS, gate: Gate | None = None):
         self.stats = RequestStats()
+        self._counting = threading.Lock()
         self._connection = connection
         self._attempts = attempts
+        self._gate = gate
+        self._permit = gate.permit if gate else nullcontext()
         self._cancelled = threading.Event()
         arguments = connection.client_arguments()
         try:
             self._client = opensearchpy.OpenSearch(
-                connection_class=_BytesConnection, serializers={CBOR: _Bytes(), JSON: _Bytes()}, **arguments
+                connection_class=_BytesConnection,
+                serializers={CBOR: _Bytes(), JSON: _Bytes()},
+                pool_maxsize=POOL_SIZE,
+                **arguments,
             )
         except (ssl.SSLError, OSError, ValueError) as error:
             raise RequestError(f"the certificates for {connection.url} cannot be loaded: {error}") from None
@@ -111,6 +139,19 @@ class Session:
     def cancel(self) -> None:
         """From now on, a request that fails is not sent again. For another thread to call."""
         self._cancelled.set()
+
+    def count_retry(self) -> None:
+        """Adds one to the requests that had to be sent again."""
+        with self._counting:
+            self.stats.retried += 1
+
+    def pause(self, seconds: float) -> bool:
+        """Waits because the cluster is busy; True, at once, if this session is or gets cancelled."""
+        started = time.monotonic()
+        cancelled = self._cancelled.wait(seconds)
+        with self._counting:
+            self.stats.paused_msec += round((time.monotonic() - started) * 1000)
+        return cancelled
 
     def json(self, method: str, path: str, params: Mapping[str, Any] | None = None, body: Any = None) -> Any:
         """The parsed JSON response of a request; arguments and errors as `send`."""
@@ -146,38 +187,49 @@ class Session:
           TrainingError: no success in `attempts` tries.
           RequestError: TLS does not trust the server.
         """
+        busy_attempts = BUSY_ATTEMPTS if self._gate and attempts is None else attempts or self._attempts
         attempts = attempts or self._attempts
         params = dict(params or {})
         if "filter_path" in params:
             params["filter_path"] += ",error"  # a filter applies to errors too, and would leave nothing of them
-        for attempt in range(1, attempts + 1):
-            started = time.monotonic()
-            retry_after = None
+        refused = failed = 0
+        while True:
+            retry_after, busy = None, False
             try:
-                data = self._client.transport.perform_request(
-                    method, path, params=params, body=body, headers={"accept": accept}
-                )
+                with self._permit:
+                    started = time.monotonic()
+                    data = self._client.transport.perform_request(
+                        method, path, params=params, body=body, headers={"accept": accept}
+                    )
             except ServerError as error:
                 if error.status not in _RETRIED:
                     raise
-                problem, retry_after = f"answers {error}", error.retry_after
+                problem, retry_after, busy = f"answers {error}", error.retry_after, error.status == 429
             except opensearchpy.SSLError as error:
                 raise RequestError(self._tls_problem(error)) from None
             except opensearchpy.ConnectionError as error:
                 problem = f"cannot be reached: {_connection_problem(error)}"
             else:
-                self.stats.requests += 1
-                self.stats.bytes_received += len(data)
-                self.stats.request_msec.append(round((time.monotonic() - started) * 1000))
+                with self._counting:
+                    self.stats.requests += 1
+                    self.stats.bytes_received += len(data)
+                    self.stats.request_msec.append(round((time.monotonic() - started) * 1000))
                 try:
                     return data if check is None else check(data)
                 except (PartialResult, ValueError) as error:
                     problem = f"sent an unusable answer: {error}"
-            if attempt == attempts or self._cancelled.is_set():
+            refused, failed = refused + busy, failed + (not busy)
+            if busy and self._gate:
+                self._gate.refused()
+            if failed == attempts or refused == busy_attempts or self._cancelled.is_set():
                 break
-            self.stats.retried += 1
-            self._cancelled.wait(_wait_s(attempt, retry_after))
-        raise TrainingError(f"OpenSearch at {self._connection.url} {problem} ({attempt} tries)")
+            self.count_retry()
+            wait = _wait_s(refused + failed, retry_after)
+            if busy:
+                self.pause(wait)
+            else:
+                self._cancelled.wait(wait)
+        raise TrainingError(f"OpenSearch at {self._connection.url} {problem} ({refused + failed} tries)")
 
     def explain(self, error: ServerError) -> RequestError | TrainingError:
         """The error for users: what was refused and what to do about it, without secrets."""
