@@ -96,6 +96,10 @@ class TrainOptions(PipelineOptions):
         run("--training_threads", type=int, default=0, help="threads to train with (default: all cores)")
         run("--allow_large_model", action="store_true", help="train a model that clusters cannot read by default")
 
+        clustering = parser.add_argument_group("k-means").add_argument
+        clustering("--niter", type=int, help="iterations of each k-means (default: 10 for centroids, 25 for PQ)")
+        clustering("--nredo", type=int, help="runs of each k-means, of which the best counts (default 1)")
+
         publish = parser.add_argument_group("into a cluster").add_argument
         text = "put the model into the cluster too, by this route; auto takes the best that is possible and says why"
         publish("--publish", choices=ROUTES, metavar="ROUTE", help=f"{text} ({', '.join(ROUTES)})")

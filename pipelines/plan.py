@@ -50,6 +50,7 @@ class Plan:
       sample_size: vectors to train on, exactly.
       keep: fraction of the source that readers pass on, with the margin that makes a second reading rarer than 1e-9.
       threads: to train with.
+      niter, nredo: iterations and restarts of k-means, None for faiss's own.
       warnings: for the user.
       publication: how the model gets into a cluster, None if it does not.
       kept: the sample of an earlier run, to be used instead of reading.
@@ -65,6 +66,8 @@ class Plan:
     seed: int
     query: Mapping[str, Any] | None
     threads: int
+    niter: int | None
+    nredo: int | None
     warnings: tuple[str, ...]
     publication: Ready | None
     kept: KeptSample | None = None
@@ -106,6 +109,7 @@ class Plan:
             ("temporary files", _bytes(self.spill_bytes)),
             ("method", f"{request.index_description}, {request.space_type}"),
             ("training", f"{_bytes(self.memory_bytes)} of memory, {self.threads} threads"),
+            *((name, str(value)) for name, value in (("niter", self.niter), ("nredo", self.nredo)) if value),
             ("model", _bytes(request.blob_bytes)),
             ("for", f"OpenSearch {request.target_version}"),
         ]
@@ -131,6 +135,8 @@ class Plan:
             "query": self.query,
             "kept_fraction": self.keep,
             "index_description": self.request.index_description,
+            "niter": self.niter,
+            "nredo": self.nredo,
             "resumed": self.kept is not None,
         }
 
@@ -149,6 +155,10 @@ def make_plans(options: TrainOptions, kept: Sequence[KeptSample] = ()) -> list[P
     """
     if options.max_bad_vectors < 0 or options.training_threads < 0 or options.slices < 0:
         raise RequestError("max_bad_vectors, training_threads and slices must be 0 or more")
+    for name in ("niter", "nredo"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise RequestError(f"{name} is {value}, expected 1 or more")
     if options.publish and not options.model_dir:
         raise RequestError("--publish needs --model_dir too: what cannot be published must not be lost")
     connection = connect(options) if options.publish or not options.parquet else None
@@ -212,6 +222,8 @@ def _plan(
         seed=options.seed,
         query=options.query,
         threads=options.training_threads or available_cores(),
+        niter=options.niter,
+        nredo=options.nredo,
         warnings=warnings,
         publication=publication,
         kept=kept,

@@ -202,7 +202,9 @@ def _model(sample: beam.PCollection[Sample], plan: Plan, options: TrainOptions, 
     own = sample | f"Take sample{suffix}" >> beam.Map(Sample.first, plan.sample_size + HELD_OUT).with_output_types(
         Sample
     )
-    train = TrainModel(plan.request, plan.model_id, HELD_OUT, options.training_threads, plan.provenance())
+    train = TrainModel(
+        plan.request, plan.model_id, HELD_OUT, options.training_threads, plan.niter, plan.nredo, plan.provenance()
+    )
     write = WriteToModelFiles(options.model_dir)
     # Both have the hint: runners fuse only steps with equal ones, and a model is too large to be sent as an element.
     models = own | f"Train model{suffix}" >> train.with_resource_hints(min_ram=plan.worker_bytes)

@@ -48,8 +48,13 @@ CASES = {
 }
 
 
-def as_the_plugin_does(vectors: np.ndarray, wanted: TrainingRequest, factory: str) -> bytes:
-    """`TrainIndex` of the plugin's faiss_wrapper.cpp, step by step, on vectors normalised first for cosine."""
+def as_the_plugin_does(
+    vectors: np.ndarray, wanted: TrainingRequest, factory: str, niter: int | None = None, nredo: int = 1
+) -> bytes:
+    """`TrainIndex` of the plugin's faiss_wrapper.cpp, step by step, on vectors normalised first for cosine.
+
+    Not the plugin's: `niter` and `nredo`, of all its k-means.
+    """
     matrix = vectors.astype(np.float32)
     if wanted.space_type == "cosinesimil":
         faiss.normalize_L2(matrix)
@@ -62,6 +67,10 @@ def as_the_plugin_does(vectors: np.ndarray, wanted: TrainingRequest, factory: st
     else:
         index.nprobe = wanted.nprobes
         index.make_direct_map()
+    quantizer = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
+    for part in (index, getattr(quantizer, "pq", None)):
+        if hasattr(part, "cp"):
+            part.cp.niter, part.cp.nredo = niter or part.cp.niter, nredo
     index.train(matrix)
     return faiss.serialize_index(index).tobytes()
 
@@ -75,6 +84,20 @@ def test_blob_is_that_of_faiss_bit_for_bit(
     assert blob == as_the_plugin_does(vectors, wanted, factory)
     assert len(blob) == wanted.blob_bytes
     faiss_training.check(blob, wanted, vectors[:10])
+
+
+@pytest.mark.parametrize(("wanted", "vectors", "factory"), CASES.values(), ids=CASES)
+def test_iterations_and_restarts_are_those_of_faiss(wanted: TrainingRequest, vectors: np.ndarray, factory: str) -> None:
+    blob = faiss_training.train(vectors.copy(), wanted, 2, niter=3, nredo=2)
+    assert blob == as_the_plugin_does(vectors, wanted, factory, 3, 2)
+    assert blob != as_the_plugin_does(vectors, wanted, factory)
+
+
+def test_iterations_of_binary_vectors() -> None:
+    wanted = request(data_type="binary", space_type="hamming")
+    few, more = (faiss_training.train(BITS.copy(), wanted, 1, niter=niter) for niter in (1, 10))
+    assert few != more
+    assert more == faiss_training.train(BITS.copy(), wanted, 1)
 
 
 def test_more_vectors_than_faiss_uses_give_faiss_s_own_subset() -> None:

@@ -158,6 +158,22 @@ def test_use_all_vectors_and_max_training_vector_count(work: Path, export: str) 
     assert everything["provenance"]["vectors_sampled"] == ROWS
 
 
+def test_iterations_and_restarts(work: Path, export: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = trained(arguments(work, export, "--niter", "30", "--nredo", "2"))["provenance"]
+    assert (more["niter"], more["nredo"]) == (30, 2)
+    usual = trained(arguments(work, export))["provenance"]
+    assert (usual["niter"], usual["nredo"]) == (None, None)
+    assert more["blob_sha256"] != usual["blob_sha256"]
+    assert trained(arguments(work, export, "--nredo", "1"))["provenance"]["blob_sha256"] == usual["blob_sha256"]
+    capsys.readouterr()
+    train.run(arguments(work, export, "--dry_run"))
+    assert "niter" not in capsys.readouterr().out
+    train.run(arguments(work, export, "--dry_run", "--niter", "30"))
+    printed = capsys.readouterr().out
+    assert re.search(r"niter +30\n", printed)
+    assert "nredo" not in printed
+
+
 def test_fields_as_flags_instead_of_a_file(work: Path, export: str) -> None:
     flags = ["--dimension", str(D), "--method", json.dumps(REQUEST["method"]), "--vector_column", "v"]
     where = ["--parquet", export, "--model_dir", str(work / "models")]
@@ -224,6 +240,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
             "nlist is 13000, but there are",
         ),
         (["--max_bad_vectors", "-1"], "must be 0 or more"),
+        (["--niter", "0"], "niter is 0, expected 1 or more"),
+        (["--nredo", "-2"], "nredo is -2, expected 1 or more"),
+        (["--niter", "ten"], "argument --niter: invalid int value: 'ten'"),
         (
             ["--opensearch_url", "http://localhost:9"],
             "give --parquet or --opensearch_url, not both, unless you --publish",
@@ -588,7 +607,8 @@ def test_trains_from_opensearch(work: Path, index: OpenSearchServer, capsys: pyt
     # The same model from more slices, small pages, another way of reading, worker threads and repeated bundles.
     for more in (
         ["--slices", "7"],
-        ["--search_size", "100"],
+        ["--search_size", "100", "--max_requests_in_flight", "1"],
+        ["--search_size", "100", "--max_requests_in_flight", "9"],
         ["--reader", "source"],
         ["--slices", "4", "--direct_running_mode", "multi_threading", "--direct_num_workers", "4"],
         ["--direct_runner_bundle_repeat", "1"],
@@ -688,6 +708,7 @@ def test_dry_run_says_how_it_would_publish(
         (["--training_index", "nope"], 2, 'error: Index "nope" does not exist.'),
         (["--training_field", "n"], 2, 'error: Field "n" is not of type knn_vector.'),
         (["--training_field", "w"], 2, 'error: Field "w" does not exist.'),
+        (["--max_requests_in_flight", "0"], 2, "max_requests_in_flight is 0, expected 1 to 64"),
         (["--dimension", "32"], 2, "which is different from dimension specified in the training request: 32"),
         (["--opensearch_url", "http://localhost:9"], 1, "cannot be reached: connection refused"),
         (["--opensearch_url", "http://user:secret@localhost:9"], 2, "OPENSEARCH_"),

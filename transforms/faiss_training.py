@@ -13,7 +13,7 @@ results are those of `faiss.Index.train`, bit for bit. What is done differently,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import faiss
@@ -34,7 +34,14 @@ def _no_progress(stage: str, done: int, total: int) -> None:
     return None
 
 
-def train(vectors: np.ndarray, request: TrainingRequest, threads: int, progress: Progress = _no_progress) -> bytes:
+def train(
+    vectors: np.ndarray,
+    request: TrainingRequest,
+    threads: int,
+    progress: Progress = _no_progress,
+    niter: int | None = None,
+    nredo: int | None = None,
+) -> bytes:
     """Trains the index that `request` describes.
 
     Args:
@@ -43,6 +50,9 @@ def train(vectors: np.ndarray, request: TrainingRequest, threads: int, progress:
       request: a validated request.
       threads: OpenMP threads. Results are the same for any number on one machine with the same faiss build.
       progress: hears of k-means iterations and finished sub-quantizers.
+      niter: iterations of each k-means, of the centroids and of the sub-quantizers. None for faiss's own numbers, which
+        are the plugin's: 10 (`Level1Quantizer`) and 25 (`ClusteringParameters`).
+      nredo: times that each k-means starts anew, of which the one with the smallest error counts; None for once.
 
     Returns:
       The serialised index: trained, empty, as `model_blob` of a model document.
@@ -52,6 +62,8 @@ def train(vectors: np.ndarray, request: TrainingRequest, threads: int, progress:
     """
     faiss.omp_set_num_threads(threads)
     index = new_index(request)
+    for clustering in _clusterings(index):
+        clustering.niter, clustering.nredo = niter or clustering.niter, nredo or clustering.nredo
     try:
         if isinstance(index, faiss.IndexBinary):
             _train_binary(index, codes(vectors, request), progress)
@@ -190,6 +202,16 @@ def estimate_memory(request: TrainingRequest, count: int) -> int:
     return total
 
 
+def _clusterings(index: faiss.Index | faiss.IndexBinary) -> Iterator[faiss.ClusteringParameters]:
+    """The parameters of each k-means that training the index runs."""
+    if isinstance(index, (faiss.IndexIVF, faiss.IndexBinaryIVF)):
+        yield index.cp
+    if isinstance(index, faiss.IndexIVFPQ):
+        yield index.pq.cp
+    if isinstance(index, faiss.IndexHNSW):
+        yield faiss.downcast_index(index.storage).pq.cp
+
+
 def _train_ivf(index: faiss.IndexIVF, vectors: np.ndarray, threads: int, progress: Progress) -> None:
     clustering = faiss.Clustering(index.d, index.nlist, index.cp)
     index.quantizer.reset()
@@ -239,9 +261,10 @@ def _train_pq(pq: faiss.ProductQuantizer, vectors: np.ndarray, threads: int, pro
 
 
 def _train_binary(index: faiss.IndexBinaryIVF, codes: np.ndarray, progress: Progress) -> None:
-    progress("k-means", 0, index.cp.niter)
+    total = index.cp.niter * index.cp.nredo
+    progress("k-means", 0, total)
     index.train(codes)
-    progress("k-means", index.cp.niter, index.cp.niter)
+    progress("k-means", total, total)
 
 
 def _cluster(clustering: faiss.Clustering, vectors: np.ndarray, index: faiss.Index, progress: Progress) -> None:

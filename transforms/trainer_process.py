@@ -43,6 +43,7 @@ class TrainingJob:
       size: rows to train on, those with the smallest priorities.
       held_out: rows to set aside after them, never trained on.
       threads: OpenMP threads.
+      niter, nredo: iterations and restarts of k-means, None for faiss's own.
     """
 
     body: dict[str, Any]
@@ -52,6 +53,8 @@ class TrainingJob:
     size: int
     held_out: int
     threads: int
+    niter: int | None = None
+    nredo: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def run(job: TrainingJob, progress: Progress) -> tuple[bytes, dict[str, Any]]:
     seconds["load"] = time.monotonic() - start
 
     start = time.monotonic()
-    blob = faiss_training.train(training, request, job.threads, progress)
+    blob = faiss_training.train(training, request, job.threads, progress, job.niter, job.nredo)
     seconds["train"] = time.monotonic() - start
 
     start = time.monotonic()

@@ -35,6 +35,7 @@ class TrainModel(beam.PTransform):
       held_out: how many rows of the sample are set aside, never trained on; the sample must have been asked for that
         many more.
       threads: training threads; 0 for the cores of the worker.
+      niter, nredo: iterations and restarts of k-means; None for faiss's own, see `faiss_training.train`.
       provenance: facts about the source and the run to keep with the model. No secrets.
     """
 
@@ -42,6 +43,8 @@ class TrainModel(beam.PTransform):
     model_id: str
     held_out: int = 0
     threads: int = 0
+    niter: int | None = None
+    nredo: int | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,6 +88,8 @@ def train_model(sample: Sample, transform: TrainModel) -> TrainedModel:
         size=sample.size - transform.held_out,
         held_out=transform.held_out,
         threads=transform.threads or available_cores(),
+        niter=transform.niter,
+        nredo=transform.nredo,
     )
     start = time.monotonic()
     try:
