@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs every benchmark with its defaults: `make benchmarks`. Takes about a quarter of an hour on 2 cores."""
+"""Runs every benchmark with its defaults: `make benchmarks`. Takes most of an hour on 2 cores."""
 
 import subprocess
 import sys

@@ -18,8 +18,8 @@ import pytest
 
 from tests.opensearch.support import Proxy, assert_no_contexts, fill, read, same_rows, vectors
 from transforms.errors import RequestError, TrainingError
-from transforms.opensearch import OpenSearchConnection, OpenSearchVectors, ReadFromOpenSearch
-from transforms.opensearch.session import Session
+from transforms.opensearch import OpenSearchConnection, OpenSearchVectors, ReadFromOpenSearch, throttle
+from transforms.opensearch.session import ServerError, Session
 
 SECRET = "s3cret-Passw0rd"
 MATRIX = vectors(120, 8)
@@ -238,6 +238,23 @@ def test_a_user_without_points_in_time_reads_the_same(secure, connect):
     found, rows = read(guarded(connect("reader_nopit")))
     assert np.array_equal(found, expected)
     assert same_rows(rows, MATRIX)
+    assert_no_contexts(secure)
+
+
+def test_a_user_who_may_not_see_the_search_queue_is_not_troubled(secure, connect, monkeypatch):
+    monkeypatch.setattr(throttle, "LOOK_EVERY_S", 0.0)
+    source = guarded(connect())
+    assert same_rows(read(source)[1], MATRIX)
+    nodes = source.slices()[0].nodes
+    path = f"/_nodes/{nodes[0]}/stats/thread_pool"
+    with Session(connect()) as session:
+        with pytest.raises(ServerError, match=r"403 .*cluster:monitor/nodes/stats"):
+            session.json("GET", path)
+        pace = throttle.Throttle(1).pace(nodes)
+        pace.wait(session)
+        asked = session.stats.requests
+        pace.wait(session)
+        assert session.stats.requests == asked
     assert_no_contexts(secure)
 
 

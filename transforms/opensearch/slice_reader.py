@@ -30,7 +30,7 @@ from transforms.vectors import MAX_BLOCK_BYTES, block_rows
 KEEP_ALIVE = "2m"
 
 #: A window is cut for the sake of others in flight only where it costs the cluster more than a request does.
-_SMALLEST_WINDOW = 50_000
+_SMALLEST_WINDOW = 250_000
 
 #: Bytes of a page that is larger than was meant: the next ones get fewer rows.
 _LARGE_PAGE = 2 * MAX_BLOCK_BYTES
