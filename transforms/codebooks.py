@@ -35,10 +35,8 @@ class Codebooks:
     @classmethod
     def of(cls, blob: bytes) -> Codebooks:
         """The codebooks of a serialised IVF, HNSW-PQ or binary IVF index. Raises TrainingError for anything else."""
-        data = np.frombuffer(blob, np.uint8)
-        if blob[:2] == b"IB":  # every binary index of faiss begins so
-            return cls._of_binary(_read(faiss.deserialize_index_binary, data))
-        return cls._of_float(_read(_deserialize, data))
+        index = read_index(blob)
+        return cls._of_binary(index) if isinstance(index, faiss.IndexBinary) else cls._of_float(index)
 
     @classmethod
     def _of_binary(cls, index: faiss.IndexBinary) -> Codebooks:
@@ -165,8 +163,18 @@ def _sorted_rows(matrix: np.ndarray) -> np.ndarray:
     return np.sort(rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize))).ravel())
 
 
+def read_index(blob: bytes) -> faiss.Index | faiss.IndexBinary:
+    """The faiss index in a blob, without the search table of an IVF-PQ, which is far larger than the model.
+
+    Raises TrainingError if it is none.
+    """
+    data = np.frombuffer(blob, np.uint8)
+    if blob[:2] == b"IB":  # every binary index of faiss begins so
+        return _read(faiss.deserialize_index_binary, data)
+    return _read(_deserialize, data)
+
+
 def _deserialize(data: np.ndarray) -> faiss.Index:
-    """Without the search table of an IVF-PQ, which is far larger than the model."""
     reader = faiss.VectorIOReader()
     faiss.copy_array_to_vector(data, reader.data)
     return faiss.read_index(reader, faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)

@@ -41,6 +41,7 @@ def train(
     progress: Progress = _no_progress,
     niter: int | None = None,
     nredo: int | None = None,
+    history: list[dict[str, float]] | None = None,
 ) -> bytes:
     """Trains the index that `request` describes.
 
@@ -53,6 +54,8 @@ def train(
       niter: iterations of each k-means, of the centroids and of the sub-quantizers. None for faiss's own numbers, which
         are the plugin's: 10 (`Level1Quantizer`) and 25 (`ClusteringParameters`).
       nredo: times that each k-means starts anew, of which the one with the smallest error counts; None for once.
+      history: gets one entry for each iteration of the IVF's k-means, `objective` (mean squared distance to the
+        centroid, or mean inner product with it) and `imbalance_factor`. A binary IVF does not tell.
 
     Returns:
       The serialised index: trained, empty, as `model_blob` of a model document.
@@ -70,7 +73,7 @@ def train(
             return faiss.serialize_index_binary(index).tobytes()
         vectors = prepare(vectors, request)
         if isinstance(index, faiss.IndexIVF):
-            _train_ivf(index, vectors, threads, progress)
+            _train_ivf(index, vectors, threads, progress, history)
         else:
             _train_pq(faiss.downcast_index(index.storage).pq, vectors, threads, progress)
             faiss.downcast_index(index.storage).pq.compute_sdc_table()
@@ -174,20 +177,21 @@ def _properties(index: faiss.Index, wanted: faiss.Index, request: TrainingReques
     return pairs
 
 
-def estimate_memory(request: TrainingRequest, count: int) -> int:
+def estimate_memory(request: TrainingRequest, count: int, held_out: int = 0) -> int:
     """Bytes that a process needs at its peak to train on `count` vectors; within a quarter where it was measured.
 
-    The terms: Python, numpy, faiss and its work space; the sample, and for bytes its float copy; for IVF an assignment
-    of 12 bytes a vector, the centroids three times, and the larger of the subset that k-means draws from more than
-    256 nlist vectors and, for IVF-PQ, the residuals of the encoder's subset with that subset itself, if it is one.
-    Binary indexes decode 32 768 vectors to floats at a time. The sample's priorities and order take 40 bytes a vector
+    The terms: Python, numpy, faiss and its work space; the sample, with `held_out` rows that are set aside, and for
+    bytes its float copy; for IVF an assignment of 12 bytes a vector, the centroids three times, and the larger of the
+    subset that k-means draws from more than 256 nlist vectors and, for IVF-PQ, the residuals of the encoder's subset
+    with that subset itself, if it is one. Binary indexes decode 32 768 vectors to floats at a time. The sample's
+    priorities and order take 40 bytes a vector
     while it is loaded.
     """
     dimension = request.trained_dimension
     if request.data_type == "binary":
-        total = count * dimension // 8
+        total = (count + held_out) * dimension // 8
     else:
-        total = count * request.dimension * (5 if request.data_type == "byte" else 4)
+        total = (count + held_out) * request.dimension * (5 if request.data_type == "byte" else 4)
     total += 90_000_000 + 40 * count + 2 * request.blob_bytes
     if request.is_binary:
         total += count * dimension // 8 + 4 * min(count, 32_768) * dimension
@@ -212,10 +216,21 @@ def _clusterings(index: faiss.Index | faiss.IndexBinary) -> Iterator[faiss.Clust
         yield faiss.downcast_index(index.storage).pq.cp
 
 
-def _train_ivf(index: faiss.IndexIVF, vectors: np.ndarray, threads: int, progress: Progress) -> None:
+def _train_ivf(
+    index: faiss.IndexIVF,
+    vectors: np.ndarray,
+    threads: int,
+    progress: Progress,
+    history: list[dict[str, float]] | None,
+) -> None:
     clustering = faiss.Clustering(index.d, index.nlist, index.cp)
     index.quantizer.reset()
     _cluster(clustering, vectors, index.quantizer, progress)
+    if history is not None:
+        used = min(len(vectors), index.cp.max_points_per_centroid * index.nlist)
+        for number in range(clustering.iteration_stats.size()):
+            step = clustering.iteration_stats.at(number)
+            history.append({"objective": step.obj / used, "imbalance_factor": step.imbalance_factor})
     index.quantizer.is_trained = True
     if isinstance(index, faiss.IndexIVFPQ):
         _train_pq(index.pq, _residuals(index, vectors), threads, progress)

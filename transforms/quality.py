@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good a trained model is, measured on vectors that it was not trained on.
+
+Pure faiss and numpy; runs in the trainer's process, where the sample is in memory, and copies none of it. `evaluate`
+returns what `model.json` holds as `quality`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import faiss
+import numpy as np
+
+from transforms import faiss_training, index_statistics, quantization
+from transforms.codebooks import read_index
+from transforms.held_out import Split, exact, found, split_sample
+from transforms.memory import index_memory
+from transforms.recall import CURVE, DEPTHS, Neighbours, expected
+from transforms.request import TrainingRequest
+
+#: Vectors to hold out by default; a tenth more are held out as queries.
+EVAL_VECTORS = 10_000
+
+#: Vectors, trained on or held out, without which there is nothing to measure: a query and its 10 neighbours.
+FEWEST_VECTORS = DEPTHS[0] + 1
+
+# Vectors to build a graph of: that is the slowest part.
+_GRAPH_ROWS = 10_000
+# Vectors to train on as they were read, to see what normalising them gains.
+_RAW_ROWS, _FEW_LISTS = 10_000, 16
+# Vectors to measure errors on, of those trained on and of those held out.
+_ERROR_ROWS = 10_000
+# A training set whose error is so much smaller than that of other vectors does not stand for them in the base.
+_OVERFIT = 1.2
+# No more lists than this are probed unless asked for, nor more once recall@100 does not grow.
+_MOST_PROBES, _NO_GAIN = 256, 0.002
+
+
+def hold_out(eval_vectors: int) -> int:
+    """Rows to ask the sample for beyond those to train on: the vectors to evaluate with, and a tenth as queries."""
+    return eval_vectors + eval_vectors // 10
+
+
+def evaluate(
+    blob: bytes,
+    request: TrainingRequest,
+    vectors: np.ndarray,
+    trained: int,
+    corpus: int,
+    *,
+    threads: int = 0,
+    history: Sequence[Mapping[str, float]] = (),
+    nprobes: Sequence[int] = (),
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Tries a model on vectors.
+
+    Args:
+      blob: the serialised index.
+      request: what it was trained for.
+      vectors: (n, columns) of the request's data type, at least `FEWEST_VECTORS`. The first `trained` rows are those
+        that it was trained on, as `faiss_training.train` left them (unit vectors for cosinesimil); the rest are as they
+        were read, and are normalised in place.
+      trained: how many rows were trained on.
+      corpus: vectors in the source, for which recall is estimated.
+      threads: OpenMP threads; 0 for as many as there were before.
+      history: of k-means, from `faiss_training.train`.
+      nprobes: values to measure beside the powers of two and the request's own.
+
+    Returns:
+      A mapping that JSON can hold; shares are between 0 and 1, sizes in bytes:
+      `vectors`: how many were used for what. `recall`: one entry for each nprobes, with the recall at 10 and 100
+      measured in the base (`measured`), what to expect in the whole source (`expected`) and the share of the 10
+      nearest that is among 100 found (`rescored`: what rescoring ten times as many can reach). `at`: the entry for the
+      request's nprobes or ef_search, with the `standard_error` of what is to expect.
+      `error`: mean squared distances between vectors and their codes, or the share of bits that differ. `lists`:
+      how even they are. `subquantizers`: error and unused codewords of each. `norms`: of the vectors as read.
+      `normalisation` (cosinesimil, where lengths differ): `gain`, how many times larger the error of unit vectors is
+      with small codebooks trained on vectors as they were read, as the cluster's `_train` does, than on unit vectors.
+      `memory`: of an index of the source. `history`: of k-means.
+    """
+    start = time.monotonic()
+    if threads:
+        faiss.omp_set_num_threads(threads)
+    norms = _norms(vectors, trained, request)
+    normalisation = None
+    if request.normalize:
+        normalisation = _normalisation(vectors[trained:], norms, request)
+        faiss.normalize_L2(vectors[trained:])
+    split = split_sample(vectors, trained, len(vectors) >= corpus)
+    progress("evaluate", 0, 3)
+    told: dict[str, Any] = {"vectors": split.counts(corpus)}
+    sizes: np.ndarray | None
+    if request.is_binary:
+        search, told["error"], sizes = _binary(blob, request, split)
+        subquantizers: list[dict[str, Any]] = []
+    else:
+        index = read_index(blob)
+        told["error"], subquantizers, split = _float_errors(index, request, split)
+        told["vectors"] = split.counts(corpus)
+        search, sizes = _searcher(index, request, split)
+    progress("evaluate", 1, 3)
+    true = exact(split, request)
+    progress("evaluate", 2, 3)
+    wanted = sorted({*nprobes, *([request.nprobes] if request.nprobes else [])})
+    told |= _recall(search, true, split, request, corpus, wanted)
+    if request.ef_search is not None:
+        _through_the_graph(told, blob, split)
+    if sizes is not None:
+        told["lists"] = index_statistics.lists(sizes)
+    if subquantizers:
+        told["subquantizers"] = subquantizers
+    if norms:
+        told["norms"] = norms
+    if normalisation is not None:
+        told["normalisation"] = normalisation
+    told["error"]["compared_by"] = "coarse" if request.code_size is None else "total"
+    told["memory"] = index_memory(request, corpus)
+    told["history"] = [dict(step) for step in history]
+    progress("evaluate", 3, 3)
+    told["seconds"] = time.monotonic() - start
+    return _rounded(told)
+
+
+def quantization_error(blob: bytes, request: TrainingRequest, vectors: np.ndarray) -> float:
+    """The mean error of the first of (n, columns) vectors as they were read: what models are compared by.
+
+    Squared distance between a vector and its code, or to its centroid where the codes lose nothing; for binary
+    indexes the share of bits that differ from the centroid's.
+    """
+    index = read_index(blob)
+    if isinstance(index, faiss.IndexBinary):
+        packed = faiss_training.codes(vectors[:_ERROR_ROWS].copy(), request)
+        return float(index.quantizer.search(packed, 1)[0].mean()) / index.d
+    matrix = faiss_training.prepare(vectors[:_ERROR_ROWS].copy(), request)
+    if not isinstance(index, faiss.IndexIVF) or isinstance(index, faiss.IndexIVFPQ):
+        codec = index if isinstance(index, faiss.IndexIVF) else faiss.downcast_index(index.storage)
+        return float(((codec.sa_decode(codec.sa_encode(matrix)) - matrix) ** 2).sum(axis=1).mean())
+    nearest = index.quantizer.search(matrix, 1)[1].ravel()
+    return index_statistics.squared(matrix, index.quantizer.reconstruct_batch(nearest))
+
+
+# --- searching -----------------------------------------------------------------------------------------------------
+
+# Finds (queries, depth) ids with so many lists probed; None searches all codes.
+_Search = Callable[[int | None], np.ndarray]
+
+
+def _searcher(index: faiss.Index, request: TrainingRequest, split: Split) -> tuple[_Search, np.ndarray | None]:
+    queries = np.ascontiguousarray(split.queries, np.float32)
+    if not isinstance(index, faiss.IndexIVF):
+        codes = faiss.downcast_index(index.storage)
+        return lambda nprobes: found(codes, split, queries), None
+    if isinstance(index, faiss.IndexIVFPQ) and index.metric_type == faiss.METRIC_L2:
+        table = 4 * index.nlist * index.pq.M * index.pq.ksub
+        if table <= max(64_000_000, 4 * 65_536 * index.d):  # training needed as much
+            index.use_precomputed_table = 0
+            index.precompute_table()
+
+    def search(nprobes: int | None) -> np.ndarray:
+        index.nprobe = nprobes or index.nlist
+        return found(index, split, queries)
+
+    return search, _sizes(index)
+
+
+def _sizes(index: faiss.IndexIVF | faiss.IndexBinaryIVF) -> np.ndarray:
+    return np.array([index.invlists.list_size(number) for number in range(index.nlist)])
+
+
+def _recall(
+    search: _Search, true: Neighbours, split: Split, request: TrainingRequest, corpus: int, wanted: Sequence[int]
+) -> dict[str, Any]:
+    deepest = true.ids.shape[1]
+    depths = [k for k in DEPTHS if k <= deepest]
+    growth = corpus / true.rows
+    rows: list[dict[str, Any]] = []
+    errors: dict[int | None, dict[str, float]] = {}
+    for probes in _grid(request.nlist, wanted):
+        distances = true.distances_of(search(probes))
+        each = {k: true.recall(distances, k) for k in CURVE if k <= deepest}
+        curve = {k: float(shares.mean()) for k, shares in each.items()}
+        row: dict[str, Any] = {} if probes is None else {"nprobes": probes}
+        row["measured"] = {str(k): curve[k] for k in depths}
+        row["expected"] = {str(k): expected(curve, k, growth, len(distances)) for k in depths}
+        few = max(1, round(10 / growth))
+        if 10 * few <= deepest:
+            row["rescored"] = float(true.recall(distances, few, among=10 * few).mean())
+        # The error of the estimate is that of the depth that it was read off.
+        read_off = {k: min(curve, key=lambda depth: abs(depth - k / growth)) for k in depths}
+        errors[probes] = {str(k): float(each[at].std() / math.sqrt(len(distances))) for k, at in read_off.items()}
+        before = rows[-1]["expected"] if rows else dict.fromkeys(row["expected"], 0.0)
+        gain = max(row["expected"][name] - before[name] for name in before)
+        rows.append(row)
+        if probes is None or (gain < _NO_GAIN and min(row["expected"].values()) > 0.1 and probes >= max(wanted)):
+            break
+    own = next((row for row in rows if row.get("nprobes") == request.nprobes), rows[-1])
+    at = {**own, "standard_error": errors[own.get("nprobes")]}
+    if request.ef_search is not None:
+        at["ef_search"] = request.ef_search
+    return {"recall": rows, "at": at}
+
+
+def _through_the_graph(told: dict[str, Any], blob: bytes, split: Split) -> None:
+    """Takes from the recall of HNSW's codes what its graph does not find of it with the blob's efSearch."""
+    index = read_index(blob)
+    index.add(np.ascontiguousarray(split.base[-_GRAPH_ROWS:], np.float32))
+    queries = np.ascontiguousarray(split.queries, np.float32)
+    by_graph, by_codes = (each.search(queries, 10)[1] for each in (index, faiss.downcast_index(index.storage)))
+    share = float((by_graph[:, :, None] == by_codes[:, None, :]).any(axis=2).mean())
+    told["at"]["graph"] = share
+    for row in (told["at"], *told["recall"]):
+        for kind in ("measured", "expected"):
+            row[kind] = {k: value * share for k, value in row[kind].items()}
+
+
+def _grid(nlist: int | None, wanted: Sequence[int]) -> list[int | None]:
+    """Powers of two, the values asked for, and all lists where there are few; [None] for an index without lists."""
+    if nlist is None:
+        return [None]
+    powers = [2**power for power in range(_MOST_PROBES.bit_length()) if 2**power < nlist]
+    if nlist <= _MOST_PROBES:
+        powers.append(nlist)
+    return sorted({*powers, *(min(value, nlist) for value in wanted)})
+
+
+# --- the index with the base in it ---------------------------------------------------------------------------------
+
+
+def _float_errors(
+    index: faiss.Index, request: TrainingRequest, split: Split
+) -> tuple[dict[str, Any], list[dict[str, Any]], Split]:
+    """Adds the base to `index`; the errors of its rows, those of each sub-quantizer, and the split that was used."""
+    index.add(np.ascontiguousarray(split.base, np.float32))
+    first = split.base_trained
+    parts = {"training": range(0, min(first, _ERROR_ROWS)), "held_out": range(first, len(split.base))}
+    parts = {name: rows[:_ERROR_ROWS] for name, rows in parts.items() if len(rows)}
+    errors: dict[str, Any] = {name: index_statistics.errors(index, split.base, rows) for name, rows in parts.items()}
+    each = {name: error.pop("each", None) for name, error in errors.items()}
+    overfit = _overfit(errors)
+    everything = len(split.base) + (0 if split.own else len(split.queries)) >= len(split.vectors)
+    if overfit > _OVERFIT and not split.own and not everything and len(parts["held_out"]) >= DEPTHS[-1]:
+        index.reset()
+        split = split.without_trained()
+        index.add(np.ascontiguousarray(split.base, np.float32))
+    shown = np.ascontiguousarray(split.base[:_ERROR_ROWS], np.float32)
+    errors["variance"] = float(shown.var(axis=0, dtype=np.float64).sum())
+    subquantizers = index_statistics.subquantizers(index, each)
+    return errors, subquantizers, split
+
+
+def _overfit(errors: Mapping[str, Mapping[str, float]]) -> float:
+    """How many times larger the error of held-out vectors is than that of trained ones; 1 where it is not known."""
+    if not {"training", "held_out"} <= set(errors):
+        return 1.0
+    name = "total" if errors["training"].get("total") else "coarse"
+    before = errors["training"].get(name, 0.0)
+    return errors["held_out"][name] / before if before else 1.0
+
+
+def _binary(blob: bytes, request: TrainingRequest, split: Split) -> tuple[_Search, dict[str, Any], np.ndarray]:
+    index = read_index(blob)
+    base, queries = split.base, split.queries
+    if request.quantization_bits is not None:
+        limits = quantization.thresholds(base, request.quantization_bits)
+        base, queries = quantization.pack(base, limits), quantization.pack(queries, limits)
+    base, queries = (np.ascontiguousarray(part).view(np.uint8) for part in (base, queries))
+    index.add(base)
+    first = split.base_trained
+    parts = {"training": base[: min(first, _ERROR_ROWS)], "held_out": base[first:][:_ERROR_ROWS]}
+    errors: dict[str, Any] = {
+        name: {"coarse": float(index.quantizer.search(rows, 1)[0].mean()) / index.d}
+        for name, rows in parts.items()
+        if len(rows)
+    }
+
+    def search(nprobes: int | None) -> np.ndarray:
+        index.nprobe = nprobes or index.nlist
+        return found(index, split, queries)
+
+    return search, errors, _sizes(index)
+
+
+def _norms(vectors: np.ndarray, trained: int, request: TrainingRequest) -> dict[str, Any]:
+    """Lengths of the vectors as they were read: those held out, and those trained on unless they were normalised."""
+    if request.data_type == "binary":
+        return {}
+    parts = {"held_out": vectors[trained:][:_ERROR_ROWS]}
+    if not request.normalize:
+        parts["training"] = vectors[:trained][:_ERROR_ROWS]
+    return index_statistics.norms(parts)
+
+
+def _normalisation(raw: np.ndarray, norms: Mapping[str, Any], request: TrainingRequest) -> dict[str, float] | None:
+    """What training on unit vectors gains, tried on a few held-out ones; None where they are too few or all unit."""
+    half = min(_RAW_ROWS, len(raw) // 2)
+    lengths = norms.get("held_out")
+    needed = 39 * max(_FEW_LISTS, 2**request.code_size if request.code_size is not None else 0)
+    if request.is_binary or half < needed or not lengths or lengths["deviation"] < 1e-3 * lengths["mean"]:
+        return None
+    encoder = "Flat" if request.code_size is None else f"PQ{request.pq_m}x{request.code_size}np"
+    unit = raw[: 2 * half].copy()
+    faiss.normalize_L2(unit)
+    errors = []
+    for training in (raw[:half], unit[:half]):
+        index = faiss.index_factory(request.dimension, f"IVF{_FEW_LISTS},{encoder}", faiss.METRIC_INNER_PRODUCT)
+        index.train(np.ascontiguousarray(training))
+        rebuilt = index.sa_decode(index.sa_encode(unit[half:]))
+        if request.code_size is None:
+            rebuilt = index.quantizer.reconstruct_batch(index.quantizer.search(unit[half:], 1)[1].ravel())
+        errors.append(index_statistics.squared(unit[half:], rebuilt))
+    return {"gain": errors[0] / errors[1] if errors[1] else 1.0}
+
+
+def _rounded(value: Any) -> Any:
+    """Floats with six significant digits: no measurement here has more."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return value
