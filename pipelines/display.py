@@ -21,6 +21,7 @@ _NAMES = {
     "load sample": "load sample",
     "k-means": "k-means iterations",
     "sub-quantizers": "sub-quantizers",
+    "evaluate": "evaluation steps",
 }
 
 
@@ -117,12 +118,12 @@ def table(rows: Sequence[tuple[str, str]]) -> None:
         print(f"{name:<{width}}{value}")
 
 
-def columns(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table to stdout, for a terminal."""
+def columns(names: Sequence[str], rows: Iterable[Sequence[str]], stderr: bool = False) -> None:
+    """Prints a table, for a terminal."""
     grid = Table(*names, box=None, pad_edge=False)
     for row in rows:
         grid.add_row(*row)
-    Console().print(grid)
+    Console(stderr=stderr).print(grid)
 
 
 def say(text: str) -> None:

@@ -15,6 +15,7 @@ from pipelines import remote
 from transforms.errors import RequestError
 from transforms.opensearch.reading import MAX_REQUESTS_IN_FLIGHT
 from transforms.opensearch.routes import ROUTES
+from transforms.quality import EVAL_VECTORS
 from transforms.request import NEWEST_TARGET
 
 #: Fields of the Train API's body that are flags too.
@@ -99,6 +100,25 @@ class TrainOptions(PipelineOptions):
         clustering = parser.add_argument_group("k-means").add_argument
         clustering("--niter", type=int, help="iterations of each k-means (default: 10 for centroids, 25 for PQ)")
         clustering("--nredo", type=int, help="runs of each k-means, of which the best counts (default 1)")
+
+        quality = parser.add_argument_group("how good it must be").add_argument
+        text = (
+            f"vectors to hold out and measure with, and a tenth as queries; 0 measures nothing (default {EVAL_VECTORS})"
+        )
+        quality("--eval_vectors", type=int, default=EVAL_VECTORS, metavar="N", help=text)
+        text = "least recall to expect in the whole source, as 0.85@10 or 0.85@10/nprobes=16; below it the model fails"
+        quality("--min_recall", metavar="RECALL@K", help=text)
+        text = "largest imbalance factor of the inverted lists, 1 for lists of one size; above it the model fails"
+        quality("--max_imbalance", type=float, metavar="FACTOR", help=text)
+        text = "model in --model_dir, or else in the cluster, to compare errors with on the same held-out vectors"
+        quality("--compare_to", metavar="MODEL_ID", help=text)
+        text = "keep the model of --compare_to unless the new one's error is smaller by this share, as 2%%"
+        quality("--only_if_better", metavar="SHARE", help=text)
+
+        text = "try a few requests on one sample and print the best; writes no model"
+        quality("--suggest", action="store_true", help=text)
+        text = "most memory for a vector that --suggest may choose"
+        quality("--max_bytes_per_vector", type=float, metavar="BYTES", help=text)
 
         publish = parser.add_argument_group("into a cluster").add_argument
         text = "put the model into the cluster too, by this route; auto takes the best that is possible and says why"

@@ -14,9 +14,10 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipelines import display
 from pipelines.plan import Plan
+from transforms.comparison import Previous, own_error
 from transforms.errors import TrainingError
 from transforms.files import read_whole, write_whole
-from transforms.model import CREATED, sha256
+from transforms.model import CREATED, FAILED, metadata, sha256
 from transforms.model_files import ModelFiles, WrittenModel
 from transforms.opensearch.writing import WriteToModelIndexResult
 
@@ -26,6 +27,16 @@ WRITTEN, PUBLISHED = "written", "published"
 
 def report_path(folder: str, plan: Plan, step: str) -> str:
     return FileSystems.join(folder, f"{sha256(plan.model_id.encode())[:16]}.{step}.json")
+
+
+def hand_over_previous(folder: str, plan: Plan) -> Previous | None:
+    """Puts the blob of the model to compare with where the training step finds it: job graphs hold no data."""
+    if plan.previous is None:
+        return None
+    path = report_path(folder, plan, "previous")
+    write_whole(path, plan.previous.blob or b"")
+    error = own_error(plan.previous.json(), metadata(plan.request, CREATED))
+    return Previous(plan.previous.model_id, path, error, plan.least_gain)
 
 
 def report(result: WrittenModel | WriteToModelIndexResult, path: str) -> None:
@@ -71,7 +82,8 @@ def tell(
     """Prints what came of each plan.
 
     Returns:
-      The descriptions of the created models.
+      The descriptions of the created models. Where the model before was kept there is none, and nothing is left of the
+      new one.
 
     Raises:
       TrainingError: a training or a publication failed.
@@ -80,6 +92,11 @@ def tell(
     models: list[Mapping[str, Any]] = []
     for plan, outcome in zip(plans, outcomes, strict=True):
         name = f'model "{plan.model_id}": ' if len(plans) > 1 else ""
+        if outcome.written["kept"] and plan.previous is not None:
+            if files.get(plan.model_id)["state"] == FAILED:  # not where --overwrite left an older model in its place
+                files.remove(plan.model_id)
+            display.say(f"{name}{outcome.written['kept']}")
+            continue
         if outcome.written["state"] != CREATED:
             problems.append(name + (outcome.written["error"] or f"the model is in state {outcome.written['state']}"))
             continue
@@ -111,7 +128,15 @@ def tell_states(plans: Sequence[Plan], files: ModelFiles) -> None:
 
 
 def _print_result(plan: Plan, files: ModelFiles, written: Mapping[str, Any], published: Mapping[str, Any]) -> None:
-    """A line of JSON for the program that started the run; the last lines on stdout are these, one for each model."""
+    """A line of JSON for the program that started the run; the last lines on stdout are these, one for each model.
+
+    Where the model before was kept, the line is about that.
+    """
+    if written.get("kept") and plan.previous is not None:
+        model_id = plan.previous.model_id
+        path = files.path(model_id) if files.state(model_id) else None
+        print(json.dumps({"model_id": model_id, "state": CREATED, "error": "", "path": path, "kept": True}), flush=True)
+        return
     done = published.get("state") == CREATED
     result = {
         "model_id": plan.model_id,
@@ -136,9 +161,28 @@ def _summary(model: Mapping[str, Any], path: str, seconds: float) -> list[tuple[
         ("trained on", f"{told['vectors_sampled']:,}"),
         ("seconds", f"{seconds:.1f} in all, {training['train']:.1f} training on {told['training_threads']} threads"),
         ("training memory", f"{told['training_peak_memory_bytes'] / 1e6:,.0f} MB at its peak"),
+        *_quality_rows(model.get("quality")),
         ("model bytes", f"{told['blob_bytes']:,}"),
         ("sha256", told["blob_sha256"]),
     ]
+
+
+def _quality_rows(quality: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if quality is None:
+        return []
+    at, memory = quality["at"], quality["memory"]
+    where = f"nprobes {at['nprobes']}" if "nprobes" in at else f"ef_search {at['ef_search']}"
+    shares = ", ".join(f"{share:.3f} @{k} (measured {at['measured'][k]:.3f})" for k, share in at["expected"].items())
+    rows = [("recall to expect", f"{shares}, {where}")]
+    if "lists" in quality:
+        lists = quality["lists"]
+        rows.append(("inverted lists", f"imbalance {lists['imbalance_factor']:.2f}, {lists['empty']:,} empty"))
+    size = f"{memory['bytes_per_vector']:,.0f} bytes a vector, {memory['vectors_bytes'] / 1e6:,.1f} MB for all"
+    rows.append(("memory of an index", f"{size}, {memory['segment_bytes'] / 1e6:,.1f} MB more a segment"))
+    if "previous" in quality:
+        old = quality["previous"]
+        rows.append(("error", f"{old['error_of_new']:.5g}, that of {old['model_id']} {old['error']:.5g}"))
+    return rows
 
 
 def _published_rows(published: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -12,23 +12,26 @@ from typing import Any
 from pipelines.options import TrainOptions, body
 from pipelines.resume import KeptSample, matching
 from transforms import faiss_training
+from transforms.comparison import FEWEST_VECTORS, check_comparable, parse_gain
 from transforms.errors import RequestError
 from transforms.files import read_whole
-from transforms.model import random_model_id
-from transforms.model_files import check_model_id
+from transforms.gate import Gate, LeastRecall
+from transforms.model import TrainedModel, random_model_id
+from transforms.model_files import ModelFiles, check_model_id
 from transforms.model_ids import expand
 from transforms.opensearch import OpenSearchConnection, OpenSearchVectors, Session, model_index
 from transforms.opensearch.publishing import Ready, preflight
 from transforms.opensearch.session import LAUNCHER_ATTEMPTS
 from transforms.parquet import ParquetVectors
+from transforms.quality import hold_out
 from transforms.request import TrainingRequest
 from transforms.sampling import keep_fraction
 from transforms.training import available_cores
 from transforms.vectors import NUMPY_TYPES, SourceSummary, VectorSource, columns
 from transforms.versions import NEWEST_TARGET
 
-#: Rows set aside to try the trained model with.
-HELD_OUT = 16
+#: Rows set aside to try the trained model with where it is not evaluated.
+CHECKED = 16
 
 #: Memory of a Beam worker that has the libraries loaded and trains in another process: 266 MB where it was measured.
 WORKER_BYTES = 300_000_000
@@ -51,6 +54,11 @@ class Plan:
       keep: fraction of the source that readers pass on, with the margin that makes a second reading rarer than 1e-9.
       threads: to train with.
       niter, nredo: iterations and restarts of k-means, None for faiss's own.
+      held_out: rows to set aside, beyond the sample, where there are as many.
+      evaluate: measure how good the model is with them.
+      gate: what it must reach.
+      previous: the model to compare with, with its blob.
+      least_gain: keep `previous` unless the new model's error is smaller by this share.
       warnings: for the user.
       publication: how the model gets into a cluster, None if it does not.
       kept: the sample of an earlier run, to be used instead of reading.
@@ -68,14 +76,24 @@ class Plan:
     threads: int
     niter: int | None
     nredo: int | None
+    held_out: int
+    evaluate: bool
+    gate: Gate
+    previous: TrainedModel | None
+    least_gain: float | None
     warnings: tuple[str, ...]
     publication: Ready | None
     kept: KeptSample | None = None
 
     @property
+    def rows_wanted(self) -> int:
+        """To train on and to set aside."""
+        return self.sample_size + self.held_out
+
+    @property
     def memory_bytes(self) -> int:
         """Estimated peak of the training process."""
-        return faiss_training.estimate_memory(self.request, self.sample_size)
+        return faiss_training.estimate_memory(self.request, self.sample_size, self.rows_wanted - self.sample_size)
 
     @property
     def worker_bytes(self) -> int:
@@ -113,7 +131,15 @@ class Plan:
             ("model", _bytes(request.blob_bytes)),
             ("for", f"OpenSearch {request.target_version}"),
         ]
+        if self.evaluate:
+            rows.insert(-1, ("evaluation", self._evaluation()))
         return rows if self.publication is None else [*rows, ("publish", self.publication.choice.explanation)]
+
+    def _evaluation(self) -> str:
+        left = min(self.held_out, self.summary.count - self.sample_size)
+        parts = [f"{left:,} vectors held out" if left else "on vectors that were trained on: there are no others"]
+        parts += [f"compared with {self.previous.model_id}"] if self.previous else []
+        return "; ".join([*parts, *self.gate.bars()])
 
     def sample_reason(self) -> str:
         """Why the sample has its size."""
@@ -153,12 +179,13 @@ def make_plans(options: TrainOptions, kept: Sequence[KeptSample] = ()) -> list[P
       RequestError: a request or a flag is wrong, or the source does not fit; nothing was written.
       TrainingError: the cluster cannot be reached.
     """
-    if options.max_bad_vectors < 0 or options.training_threads < 0 or options.slices < 0:
-        raise RequestError("max_bad_vectors, training_threads and slices must be 0 or more")
     for name in ("niter", "nredo"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise RequestError(f"{name} is {value}, expected 1 or more")
+    for name in ("max_bad_vectors", "training_threads", "slices", "eval_vectors"):
+        if getattr(options, name) < 0:
+            raise RequestError(f"{name} is {getattr(options, name)}, but must be 0 or more")
     if options.publish and not options.model_dir:
         raise RequestError("--publish needs --model_dir too: what cannot be published must not be lost")
     connection = connect(options) if options.publish or not options.parquet else None
@@ -169,6 +196,8 @@ def make_plans(options: TrainOptions, kept: Sequence[KeptSample] = ()) -> list[P
         ids = [_model_id(options, request) for request in requests]
         if len(set(ids)) < len(ids):
             raise RequestError(f"model_id {', '.join(ids)}: each model needs an id of its own")
+        gate, gain = _bars(options, requests)
+        previous = _previous(options, session, connection, requests)
         publications: list[Ready | None] = [None] * len(requests)
         if session:
             publications = [
@@ -181,7 +210,46 @@ def make_plans(options: TrainOptions, kept: Sequence[KeptSample] = ()) -> list[P
         sources.append(next((known for known in sources if known == wanted), wanted))
     samples = matching(kept, sources) if options.resume else [None] * len(sources)
     each = zip(requests, ids, sources, limits, publications, samples, strict=True)
-    return _reading_once([_plan(options, *of_request) for of_request in each])
+    plans = [_plan(options, *of_request) for of_request in each]
+    return _reading_once([replace(plan, gate=gate, previous=previous, least_gain=gain) for plan in plans])
+
+
+def _bars(options: TrainOptions, requests: Sequence[TrainingRequest]) -> tuple[Gate, float | None]:
+    """What models must reach, and by how much they must be better than the one before."""
+    recall = None if options.min_recall is None else LeastRecall.parse(options.min_recall)
+    gate = Gate(recall, options.max_imbalance)
+    gain = None if options.only_if_better is None else parse_gain(options.only_if_better)
+    if gain is not None and options.compare_to is None:
+        raise RequestError("--only_if_better needs --compare_to MODEL_ID: better than what?")
+    if not options.eval_vectors and (gate or options.compare_to is not None):
+        raise RequestError("eval_vectors is 0, but --min_recall, --max_imbalance and --compare_to need some to measure")
+    for request in requests:
+        gate.check(request)
+    return gate, gain
+
+
+def _previous(
+    options: TrainOptions,
+    session: Session | None,
+    connection: OpenSearchConnection | None,
+    requests: Sequence[TrainingRequest],
+) -> TrainedModel | None:
+    """The model to compare with: from the files if it is there, or else from the cluster of this run."""
+    if options.compare_to is None:
+        return None
+    model_id = check_model_id(options.compare_to)
+    try:
+        if not options.model_dir:
+            raise RequestError(f'Model "{model_id}" is nowhere: there is no --model_dir')
+        model = ModelFiles(options.model_dir).fetch(model_id)
+    except RequestError as missing:
+        if connection is None:
+            raise RequestError(f"compare_to: {missing}") from None
+        with nullcontext(session) if session else Session(connection, LAUNCHER_ATTEMPTS) as open_session:
+            model = model_index.fetch(open_session, model_id)
+    for request in requests:
+        check_comparable(model.json(), request)
+    return model
 
 
 def _plan(
@@ -201,13 +269,20 @@ def _plan(
     if not options.use_all_vectors:
         limit = min(limit, request.usable_vectors)
     sample_size = min(limit, summary.count)
-    if kept is not None and kept.sample.size < min(sample_size + HELD_OUT, summary.count):
+    held_out = hold_out(options.eval_vectors) or CHECKED
+    if kept is not None and kept.sample.size < min(sample_size + held_out, summary.count):
         raise RequestError(f"the sample in {kept.folder} is too small to --resume with: {sample_size:,} are wanted")
     enough = POINTS_PER_CENTROID * request.minimum_vectors
     if sample_size < enough:
         warnings += (
             f"{sample_size:,} vectors are few for {request.minimum_vectors:,} centroids: below {enough:,} "
             f"({POINTS_PER_CENTROID} a centroid) recall suffers",
+        )
+    left = summary.count - sample_size
+    if options.compare_to is not None and left < FEWEST_VECTORS:
+        raise RequestError(
+            f"compare_to needs {FEWEST_VECTORS} vectors or more that are not trained on, but {left} of {summary.count} "
+            "are left: lower max_training_vector_count"
         )
     if publication is not None:
         warnings += tuple(warning for warning in publication.warnings if warning not in warnings)
@@ -224,6 +299,11 @@ def _plan(
         threads=options.training_threads or available_cores(),
         niter=options.niter,
         nredo=options.nredo,
+        held_out=held_out,
+        evaluate=options.eval_vectors > 0,
+        gate=Gate(),
+        previous=None,
+        least_gain=None,
         warnings=warnings,
         publication=publication,
         kept=kept,
@@ -242,8 +322,8 @@ def _reading_once(plans: list[Plan]) -> list[Plan]:
     """The plans, in their order, with what readers must pass on for the largest sample of each source."""
     keep = {}
     for together in by_source(plans):
-        largest = max(plan.sample_size for plan in together)
-        keep[id(together[0].source)] = keep_fraction(largest + HELD_OUT, together[0].summary.count)
+        largest = max(plan.rows_wanted for plan in together)
+        keep[id(together[0].source)] = keep_fraction(largest, together[0].summary.count)
     return [replace(plan, keep=keep[id(plan.source)]) for plan in plans]
 
 
@@ -291,6 +371,8 @@ def _model_id(options: TrainOptions, request: TrainingRequest) -> str:
         "query": options.query,
         "seed": options.seed,
         "use_all_vectors": options.use_all_vectors,
+        "niter": options.niter,
+        "nredo": options.nredo,
     }
     return check_model_id(expand(request.model_id, datetime.now(timezone.utc), question))
 

@@ -13,17 +13,19 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions
+from apache_beam.runners.runner import PipelineResult
 
-from pipelines import display, outcome, remote, resume
+from pipelines import display, outcome, remote, resume, suggest
 from pipelines.options import TrainOptions, parse, print_help
-from pipelines.plan import HELD_OUT, Plan, by_source, connect, make_plans
+from pipelines.plan import Plan, by_source, connect, make_plans
 from transforms import progress, run_folder, trainer_process
 from transforms.errors import RequestError, TrainingError
 from transforms.model import CREATED, FAILED, TRAINING, TrainedModel, metadata
@@ -43,7 +45,8 @@ def run(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
     """Runs `knn-train`.
 
     Returns:
-      The descriptions of the created models (`model.json`), one for each request; none after `--dry_run`.
+      The descriptions of the created models (`model.json`), one for each request; none after `--dry_run` or where the
+      model of `--compare_to` was kept. After `--suggest` it is the request.
 
     Raises:
       RequestError: a request is wrong; nothing was done.
@@ -51,7 +54,9 @@ def run(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
         there all the same.
     """
     options, dry_run = parse(sys.argv[1:] if argv is None else argv)
-    if not options.model_dir and not dry_run:
+    if options.suggest:
+        suggest.check(options)
+    elif not options.model_dir and not dry_run:
         raise RequestError("say where the model goes: --model_dir FOLDER")
     remote.check(options)
     kept = resume.find(options.view_as(GoogleCloudOptions).temp_location)
@@ -63,6 +68,8 @@ def run(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
             print("\n" * bool(number), end="")
             display.table(plan.rows())
         return []
+    if options.suggest:
+        return _suggest(plans[0], options)
     files = ModelFiles(options.model_dir)
     _claim(files, plans, options.overwrite)
     if not options.resume:  # of what is read now, no older sample need be kept
@@ -103,9 +110,9 @@ def _train(plans: Sequence[Plan], options: TrainOptions, files: ModelFiles) -> l
         with _cancel_on_signals(elsewhere), _folder(plans, options) as folder, display.live(_totals(plans)):
             failed = True
             try:
-                result = _run(plans, options, folder.path, wait=not launches)
+                result = _run(options, partial(build, plans=plans, options=options, folder=folder.path), not launches)
                 outcomes = [] if launches else [outcome.read(folder.path, plan) for plan in plans]
-                failed = any(each.written["state"] != CREATED for each in outcomes)
+                failed = any(each.written["state"] != CREATED and not each.written["kept"] for each in outcomes)
             finally:
                 folder.keep = launches or (failed and not progress.cancelled() and resume.has_sample(folder.path))
     except BaseException as error:
@@ -136,18 +143,37 @@ def _folder(plans: Sequence[Plan], options: TrainOptions) -> AbstractContextMana
     return run_folder.create(options.view_as(GoogleCloudOptions).temp_location)
 
 
-def _run(plans: Sequence[Plan], options: TrainOptions, folder: str, wait: bool) -> Any:
+def _run(options: TrainOptions, build: Callable[[beam.Pipeline], None], wait: bool = True) -> PipelineResult:
+    """Builds a pipeline and runs it, to its end if `wait`."""
     elsewhere = remote.is_remote(options)
     if options.view_as(StandardOptions).runner is None:
         options.view_as(StandardOptions).runner = LOCAL_RUNNER
     with _quiet_beam():
         pipeline = beam.Pipeline(options=options)
-        build(pipeline, plans, options, folder)
+        build(pipeline)
         result = pipeline.run()
         if wait:
             with _cancel_on_signals(elsewhere):  # again: the job servers that Beam starts put themselves in between
                 remote.wait(result)
     return result
+
+
+def _suggest(plan: Plan, options: TrainOptions) -> list[Mapping[str, Any]]:
+    tried = suggest.plans(plan, options)
+    display.say(f"trying {', '.join(each.request.index_description for each in tried)}")
+
+    def build(pipeline: beam.Pipeline) -> None:
+        suggest.build(_sample(pipeline, tried, options, folder.path, ""), tried, options, folder.path)
+
+    try:
+        with _cancel_on_signals(), _folder(tried, options) as folder, display.live(_totals(tried)):
+            _run(options, build)
+            trials = suggest.read(folder.path, tried)
+    except BaseException as error:
+        if isinstance(error, RequestError) or _reason(error) != str(error):
+            raise TrainingError(_reason(error)) from error
+        raise
+    return [suggest.tell(trials, plan, options)]
 
 
 def _described(plan: Plan, state: str, error: str = "") -> dict[str, Any]:
@@ -179,15 +205,16 @@ def _sample(
     pipeline: beam.Pipeline, plans: Sequence[Plan], options: TrainOptions, folder: str, suffix: str
 ) -> beam.PCollection[Sample]:
     """The sample of one source, as large as the largest that is wanted of it."""
-    plan = max(plans, key=lambda plan: plan.sample_size)
+    plan = max(plans, key=lambda plan: plan.rows_wanted)
     if plan.kept is not None:
         return pipeline | f"Resume{suffix}" >> beam.Create([plan.kept.sample])
     read = pipeline | f"Read vectors{suffix}" >> ReadVectors(plan.source, plan.keep, options.max_bad_vectors)
     sample = read.vectors | f"Sample vectors{suffix}" >> SampleVectors(
-        plan.sample_size + HELD_OUT, folder, plan.keep, plan.source, options.max_bad_vectors
+        plan.rows_wanted, folder, plan.keep, plan.source, options.max_bad_vectors
     )
     if options.max_bad_vectors:
-        paths = [ModelFiles(options.model_dir).path(plan.model_id, REJECTED) for plan in plans]
+        files = ModelFiles(options.model_dir)
+        paths = [] if options.suggest else [files.path(plan.model_id, REJECTED) for plan in plans]
         sample = sample | f"Write rejected vectors{suffix}" >> beam.Map(
             _write_rejected, beam.pvalue.AsList(read.rejected), paths, options.max_bad_vectors
         ).with_output_types(Sample)
@@ -199,11 +226,18 @@ def _sample(
 
 def _model(sample: beam.PCollection[Sample], plan: Plan, options: TrainOptions, folder: str, suffix: str) -> None:
     """One model of a sample: trained, written to files, and from there into a cluster."""
-    own = sample | f"Take sample{suffix}" >> beam.Map(Sample.first, plan.sample_size + HELD_OUT).with_output_types(
-        Sample
-    )
+    own = sample | f"Take sample{suffix}" >> beam.Map(Sample.first, plan.rows_wanted).with_output_types(Sample)
     train = TrainModel(
-        plan.request, plan.model_id, HELD_OUT, options.training_threads, plan.niter, plan.nredo, plan.provenance()
+        plan.request,
+        plan.model_id,
+        plan.held_out,
+        options.training_threads,
+        plan.niter,
+        plan.nredo,
+        plan.provenance(),
+        plan.summary.count if plan.evaluate else 0,
+        plan.gate,
+        outcome.hand_over_previous(folder, plan),
     )
     write = WriteToModelFiles(options.model_dir)
     # Both have the hint: runners fuse only steps with equal ones, and a model is too large to be sent as an element.

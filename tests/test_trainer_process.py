@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -54,6 +55,15 @@ def test_trains_on_the_sample_and_not_on_what_is_held_out(tmp_path: Path) -> Non
     assert result.peak_memory > 10_000_000
     assert ("k-means", 10, 10) in steps
     assert len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("rows", [10, 11, 60])
+def test_few_vectors_are_evaluated_as_far_as_they_go(tmp_path: Path, rows: int) -> None:
+    few = replace(job(tmp_path, rows, 16, VECTORS[:rows]), corpus=rows)
+    quality = train_in_process(few, lambda *_: None).quality
+    assert (quality is None) == (rows == 10)
+    if quality is not None:
+        assert set(quality["at"]["expected"]) == {"10"}  # there is no hundredth neighbour
 
 
 def test_too_few_vectors_are_said_in_the_request_s_words(tmp_path: Path) -> None:

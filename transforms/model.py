@@ -35,12 +35,14 @@ class TrainedModel:
       metadata: the fields of the Get Model API but `model_id` and `model_blob`; see `metadata`.
       blob: the serialised faiss index, None unless the state is `created`.
       provenance: where the model comes from: source, counts, seed, versions, timings.
+      quality: how good it is, from `quality.evaluate`; None if nobody measured it.
     """
 
     model_id: str
     metadata: Mapping[str, Any]
     blob: bytes | None = field(default=None, repr=False)
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    quality: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def state(self) -> str:
@@ -52,7 +54,8 @@ class TrainedModel:
 
     def json(self) -> dict[str, Any]:
         """What `model.json` holds."""
-        return {"model_id": self.model_id, **self.metadata, "provenance": dict(self.provenance)}
+        quality = {} if self.quality is None else {"quality": dict(self.quality)}
+        return {"model_id": self.model_id, **self.metadata, "provenance": dict(self.provenance), **quality}
 
 
 def metadata(request: TrainingRequest, state: str, error: str = "") -> dict[str, Any]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models as files: `<model_dir>/<model_id>/model.faiss` is the raw blob, `model.json` what the Get Model API would
-say, with provenance.
+say, with provenance and quality, and `report.html` the same for a person to look at.
 
 `model.json` says `training`, then `created` or `failed`. It is written last and whole, so whoever reads `created`
 finds a complete blob.
@@ -18,13 +18,13 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
-from transforms import files
+from transforms import files, report
 from transforms.errors import RequestError, TrainingError
 from transforms.model import CREATED, FAILED, TRAINING, TrainedModel, sha256
 from transforms.reading import METRICS
 from transforms.request_body import MAX_MODEL_ID_BYTES
 
-BLOB, DESCRIPTION, REJECTED = "model.faiss", "model.json", "rejected.jsonl"
+BLOB, DESCRIPTION, REPORT, REJECTED = "model.faiss", "model.json", "report.html", "rejected.jsonl"
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class ModelFiles:
             if before == CREATED:  # no reader may take the new blob for the one that the old description is about
                 self.describe(model.model_id, {**self.get(model.model_id), "state": TRAINING})
             files.write_whole(self.path(model.model_id, BLOB), model.blob)
+        if model.quality is not None and "at" in model.quality:
+            files.write_whole(self.path(model.model_id, REPORT), report.html(model.json()).encode())
         self.describe(model.model_id, model.json())
 
     def get(self, model_id: str) -> dict[str, Any]:
@@ -103,8 +105,10 @@ class ModelFiles:
     def fetch(self, model_id: str) -> TrainedModel:
         """A `created` model with its blob; raises as `blob`."""
         described = self.get(model_id)
-        metadata = {name: value for name, value in described.items() if name not in ("model_id", "provenance")}
-        return TrainedModel(model_id, metadata, self.blob(model_id), described.get("provenance", {}))
+        other = ("model_id", "provenance", "quality")
+        metadata = {name: value for name, value in described.items() if name not in other}
+        provenance, quality = described.get("provenance", {}), described.get("quality")
+        return TrainedModel(model_id, metadata, self.blob(model_id), provenance, quality)
 
     def list(self) -> list[dict[str, Any]]:
         """The descriptions of all models, by id."""
@@ -137,12 +141,13 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class WrittenModel:
-    """Result of a write: where the model is and how it ended."""
+    """Result of a write: where the model is, how it ended, and why an older model is to be kept instead, if so."""
 
     model_id: str
     path: str
     state: str
     error: str
+    kept: str = ""
 
 
 @dataclass
@@ -173,7 +178,8 @@ class _WriteFn(beam.DoFn):
     def process(self, model: TrainedModel) -> Iterator[WrittenModel]:
         self._files.write(model)
         self._written.inc()
-        yield WrittenModel(model.model_id, self._files.path(model.model_id), model.state, model.error)
+        kept = model.provenance.get("kept", "")
+        yield WrittenModel(model.model_id, self._files.path(model.model_id), model.state, model.error, kept)
 
 
 def check_model_id(model_id: str) -> str:

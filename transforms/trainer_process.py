@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from transforms import spill
+from transforms.comparison import Previous
 from transforms.errors import TrainingError
-from transforms.files import is_local
+from transforms.files import is_local, read_whole
 from transforms.request import TrainingRequest
 from transforms.spill import Spill
 
@@ -44,6 +45,9 @@ class TrainingJob:
       held_out: rows to set aside after them, never trained on.
       threads: OpenMP threads.
       niter, nredo: iterations and restarts of k-means, None for faiss's own.
+      corpus: vectors in the source, to evaluate the model for; 0 to evaluate nothing.
+      nprobes: values to measure recall with, beside those of `quality.evaluate`.
+      previous: the model to compare with.
     """
 
     body: dict[str, Any]
@@ -55,17 +59,31 @@ class TrainingJob:
     threads: int
     niter: int | None = None
     nredo: int | None = None
+    corpus: int = 0
+    nprobes: Sequence[int] = ()
+    previous: Previous | None = None
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What it answers: the blob, how many vectors it saw, seconds by stage, and the child's peak memory in bytes."""
+    """What it answers.
 
-    blob: bytes
+    Attributes:
+      blob: the serialised index; None if it was not worth training one.
+      vectors, held_out: how many vectors it saw.
+      seconds: by stage.
+      peak_memory: of the child in bytes.
+      quality: from `quality.evaluate`, with `previous` where there is one to compare with.
+      kept: why the previous model is to be kept, empty if it is not.
+    """
+
+    blob: bytes | None
     vectors: int
     held_out: int
     seconds: dict[str, float]
     peak_memory: int
+    quality: dict[str, Any] | None = None
+    kept: str = ""
 
 
 #: Running children of this process.
@@ -115,7 +133,8 @@ def train_in_process(job: TrainingJob, progress: Progress) -> TrainingResult:
             result = json.loads(answer.read_text())
             if "error" in result:
                 raise TrainingError(result["error"])
-            return TrainingResult(blob=Path(folder, "model.faiss").read_bytes(), **result)
+            blob = Path(folder, "model.faiss")
+            return TrainingResult(blob=blob.read_bytes() if blob.exists() else None, **result)
         raise TrainingError(f"the training process {_cause_of_death(code, errors)}")
 
 
@@ -128,9 +147,12 @@ def _cause_of_death(code: int, errors: Sequence[str]) -> str:
     return f"ended with code {code}; its last words: {last}"
 
 
-def run(job: TrainingJob, progress: Progress) -> tuple[bytes, dict[str, Any]]:
-    """Loads the sample, trains and checks, in this process. Returns the blob and the rest of a `TrainingResult`."""
-    from transforms import faiss_training
+def run(job: TrainingJob, progress: Progress) -> tuple[bytes | None, dict[str, Any]]:
+    """Loads the sample, trains, checks and evaluates, in this process.
+
+    Returns the blob and the rest of a `TrainingResult`.
+    """
+    from transforms import faiss_training, quality
 
     request = TrainingRequest.from_fields(
         job.body, target_version=job.target_version, require_index=False, require_field=False
@@ -148,24 +170,59 @@ def run(job: TrainingJob, progress: Progress) -> tuple[bytes, dict[str, Any]]:
     progress("load sample", 1, 1)
     seconds["load"] = time.monotonic() - start
 
+    told: dict[str, Any] = {"vectors": len(training), "held_out": len(held_out), "seconds": seconds}
+    old_error = None
+    if job.previous is not None:
+        start = time.monotonic()
+        old = read_whole(job.previous.path)
+        old_error = quality.quantization_error(old, request, held_out)
+        seconds["compare"] = time.monotonic() - start
+        compared = {"model_id": job.previous.model_id, "error": old_error, "error_then": job.previous.error}
+        kept = job.previous.still_good(old_error)
+        if kept is not None:
+            return None, {**told, "kept": kept, "quality": {"previous": compared}, "peak_memory": _peak_memory()}
+
     start = time.monotonic()
-    blob = faiss_training.train(training, request, job.threads, progress, job.niter, job.nredo)
+    history: list[dict[str, float]] = []
+    blob = faiss_training.train(training, request, job.threads, progress, job.niter, job.nredo, history)
     seconds["train"] = time.monotonic() - start
 
     start = time.monotonic()
     faiss_training.check(blob, request, held_out[:16] if len(held_out) else training[:16])
     seconds["check"] = time.monotonic() - start
-    told = {"vectors": len(training), "held_out": len(held_out), "seconds": seconds, "peak_memory": _peak_memory()}
-    return blob, told
+
+    if job.corpus and len(vectors) >= quality.FEWEST_VECTORS:
+        start = time.monotonic()
+        # Fewer rows than were asked for are all there are, whatever the source counted.
+        corpus = job.corpus if len(vectors) == job.size + job.held_out else len(vectors)
+        told["quality"] = quality.evaluate(
+            blob,
+            request,
+            vectors,
+            len(training),
+            corpus,
+            threads=job.threads,
+            history=history,
+            nprobes=job.nprobes,
+            progress=progress,
+        )
+        seconds["evaluate"] = time.monotonic() - start
+    if job.previous is not None and old_error is not None:
+        new_error = quality.quantization_error(blob, request, held_out)
+        told["kept"] = job.previous.kept(old_error, new_error) or ""
+        told.setdefault("quality", {})["previous"] = {**compared, "error_of_new": new_error}
+    return blob, {**told, "peak_memory": _peak_memory()}
 
 
 def main(folder: str) -> None:
     threading.Thread(target=_end_with_run, args=(folder,), daemon=True).start()
     fields = json.loads(Path(folder, "job.json").read_text())
     fields["spills"] = [Spill(**part) for part in fields["spills"]]
+    fields["previous"] = Previous(**fields["previous"]) if fields["previous"] else None
     try:
         blob, result = run(TrainingJob(**fields), _tell)
-        Path(folder, "model.faiss").write_bytes(blob)
+        if blob is not None:
+            Path(folder, "model.faiss").write_bytes(blob)
     except (TrainingError, ValueError, MemoryError, OSError) as error:
         reason = "not enough memory" if isinstance(error, MemoryError) else str(error)
         result = {"error": reason}

@@ -7,14 +7,16 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 
 from transforms import progress
+from transforms.comparison import Previous
 from transforms.errors import TrainingError
+from transforms.gate import Gate
 from transforms.model import CREATED, FAILED, TrainedModel, blob_digest, metadata
 from transforms.reading import METRICS
 from transforms.request import TrainingRequest
@@ -37,6 +39,10 @@ class TrainModel(beam.PTransform):
       threads: training threads; 0 for the cores of the worker.
       niter, nredo: iterations and restarts of k-means; None for faiss's own, see `faiss_training.train`.
       provenance: facts about the source and the run to keep with the model. No secrets.
+      corpus: vectors in the source, to evaluate the model for with the rows set aside; 0 to evaluate nothing.
+      gate: bars for the evaluated model. One that misses them gives a model in state `failed`.
+      previous: the model to compare with. If it is better kept, the new one is in state `failed`, and `kept` in its
+        provenance says why.
     """
 
     request: TrainingRequest
@@ -46,6 +52,9 @@ class TrainModel(beam.PTransform):
     niter: int | None = None
     nredo: int | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    corpus: int = 0
+    gate: Gate = field(default_factory=Gate)
+    previous: Previous | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -60,6 +69,7 @@ class TrainModel(beam.PTransform):
             "space_type": self.request.space_type,
             "dimension": self.request.dimension,
             "held_out": self.held_out,
+            "evaluate": bool(self.corpus),
         }
 
 
@@ -68,12 +78,21 @@ class _TrainFn(beam.DoFn):
         self._transform = transform
         self._sampled = Metrics.counter(METRICS, "vectors_sampled")
         self._msec = Metrics.distribution(METRICS, "train_msec")
+        self._evaluate_msec = Metrics.distribution(METRICS, "evaluate_msec")
+        self._recall = Metrics.distribution(METRICS, "recall_at_10_permille")
+        self._imbalance = Metrics.distribution(METRICS, "imbalance_permille")
 
     def process(self, sample: Sample) -> Iterator[TrainedModel]:
         model = train_model(sample, self._transform)
         if model.state == CREATED:
             self._sampled.inc(model.provenance["vectors_sampled"])
             self._msec.update(int(1000 * model.provenance["seconds"]["train"]))
+        if model.quality is not None and "at" in model.quality:
+            # Beam's distributions hold whole numbers.
+            self._evaluate_msec.update(int(1000 * model.quality["seconds"]))
+            self._recall.update(int(1000 * model.quality["at"]["expected"]["10"]))
+            if "lists" in model.quality:
+                self._imbalance.update(int(1000 * model.quality["lists"]["imbalance_factor"]))
         yield model
 
 
@@ -90,6 +109,9 @@ def train_model(sample: Sample, transform: TrainModel) -> TrainedModel:
         threads=transform.threads or available_cores(),
         niter=transform.niter,
         nredo=transform.nredo,
+        corpus=transform.corpus,
+        nprobes=transform.gate.nprobes,
+        previous=transform.previous,
     )
     start = time.monotonic()
     try:
@@ -102,9 +124,22 @@ def train_model(sample: Sample, transform: TrainModel) -> TrainedModel:
         "training_threads": job.threads,
         "seconds": {**result.seconds, "training_process": time.monotonic() - start},
         "training_peak_memory_bytes": result.peak_memory,
-        **blob_digest(result.blob),
     }
-    return TrainedModel(transform.model_id, metadata(request, CREATED), result.blob, provenance)
+    quality = result.quality
+    if quality is not None and transform.gate:
+        quality = {**quality, "gate": asdict(transform.gate)}
+
+    def failed(error: str) -> TrainedModel:
+        return TrainedModel(transform.model_id, metadata(request, FAILED, error), None, provenance, quality)
+
+    if result.kept or result.blob is None:
+        provenance["kept"] = result.kept
+        return failed(result.kept)
+    missed = transform.gate.failures(quality) if transform.gate else []
+    if missed:
+        return failed("; ".join(missed))
+    provenance |= blob_digest(result.blob)
+    return TrainedModel(transform.model_id, metadata(request, CREATED), result.blob, provenance, quality)
 
 
 def available_cores() -> int:

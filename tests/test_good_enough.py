@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`knn-train` with bars, with a model to compare with, and with --suggest."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pytest
+
+from pipelines import train
+from pipelines.options import parse
+from pipelines.plan import make_plans
+from tests.opensearch_server import OpenSearchServer
+from tests.test_train import REQUEST, VECTORS, D, arguments, write_export
+from transforms.errors import RequestError, TrainingError
+from transforms.model_files import ModelFiles
+
+DRIFTED = VECTORS + np.float32(2) * np.random.default_rng(3).standard_normal((len(VECTORS), D)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_export(tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    (tmp_path / "request.json").write_text(json.dumps(REQUEST))
+    (tmp_path / "temp").mkdir()
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, export: str) -> Path:
+    """Where there is a model `old`, trained with bars that it reaches."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "request.json").write_text(json.dumps(REQUEST))
+    (folder / "temp").mkdir()
+    bars = ["--min_recall", "0.01@10/nprobes=8", "--max_imbalance", "5"]
+    train.run(arguments(folder, export, "--model_id", "old", *bars))
+    return folder
+
+
+@pytest.fixture
+def old(work: Path, trained: Path) -> dict[str, Any]:
+    """The model `old`, among those of `work`."""
+    shutil.copytree(trained / "models", work / "models")
+    return files(work).get("old")
+
+
+def files(work: Path) -> ModelFiles:
+    return ModelFiles(str(work / "models"))
+
+
+def in_folder(work: Path, model_id: str) -> set[str]:
+    return set(os.listdir(work / "models" / model_id))
+
+
+def test_a_model_says_how_good_it_is(work: Path, export: str, old: dict[str, Any]) -> None:
+    quality = old["quality"]
+    assert old["state"] == "created"
+    assert quality["vectors"]["trained"] == 4_096
+    assert quality["vectors"]["queries_held_out"] is True
+    assert quality["vectors"]["base"] + quality["vectors"]["queries"] == len(VECTORS)  # there are no more
+    assert len(quality["history"]) == 10
+    assert in_folder(work, "old") == {"model.faiss", "model.json", "report.html"}
+    assert "<h1>old</h1>" in (work / "models" / "old" / "report.html").read_text()
+    # Held-out vectors come after those to train on: the model is the same with and without them.
+    (without,) = train.run(arguments(work, export, "--model_id", "m2", "--eval_vectors", "0"))
+    assert without["provenance"]["blob_sha256"] == old["provenance"]["blob_sha256"]
+    assert "quality" not in without
+    assert in_folder(work, "m2") == {"model.faiss", "model.json"}
+
+
+def test_where_all_vectors_are_trained_on(work: Path, export: str) -> None:
+    (model,) = train.run(arguments(work, export, "--use_all_vectors"))
+    assert model["quality"]["vectors"]["queries_held_out"] is False
+    assert model["quality"]["vectors"]["base"] == model["provenance"]["vectors_sampled"] == len(VECTORS)
+
+
+def test_a_model_below_its_bars_fails_and_leaves_its_report(
+    work: Path, export: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    bars = ["--min_recall", "0.99@100/nprobes=8", "--max_imbalance", "1.0001"]
+    monkeypatch.setattr("sys.argv", ["knn-train", *arguments(work, export, "--model_id", "m1", *bars)])
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    assert caught.value.code == 1
+    printed = capsys.readouterr().err
+    model = files(work).get("m1")
+    assert model["state"] == "failed"
+    message = (
+        r"min_recall is 0\.99@100 but recall@100 is 0\.\d{3} with nprobes 8; "
+        r"max_imbalance is 1\.0001 but the lists have 1\.\d\d \(0 of them are empty\)"
+    )
+    assert re.fullmatch(message, model["error"])
+    assert printed.splitlines()[-1] == f"failed: {model['error']}"
+    assert in_folder(work, "m1") == {"model.json", "report.html"}
+    assert "max_imbalance is 1.0001 but" in (work / "models" / "m1" / "report.html").read_text()
+
+
+def test_a_model_below_the_bar_does_not_replace_a_good_one(work: Path, export: str, old: dict[str, Any]) -> None:
+    report = (work / "models" / "old" / "report.html").read_text()
+    with pytest.raises(TrainingError, match="min_recall"):
+        train.run(arguments(work, export, "--model_id", "old", "--overwrite", "--min_recall", "0.99@10", "--seed", "2"))
+    assert files(work).get("old") == old
+    assert files(work).blob("old")
+    assert (work / "models" / "old" / "report.html").read_text() == report
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--eval_vectors", "-1"], "eval_vectors is -1, but must be 0 or more"),
+        (["--min_recall", "ninety"], "min_recall is 'ninety', expected a share and a k, as 0.85@10"),
+        (["--min_recall", "0.9@10/nprobes=9"], "min_recall has nprobes 9, expected 1 to nlist, 8"),
+        (["--min_recall", "0.9@10", "--eval_vectors", "0"], "eval_vectors is 0, but --min_recall"),
+        (["--max_imbalance", "0.2"], "max_imbalance is 0.2, but lists of one size have 1"),
+        (["--only_if_better", "2%"], "--only_if_better needs --compare_to MODEL_ID"),
+        (["--compare_to", "none"], 'compare_to: Model "none" does not exist in'),
+        (["--suggest"], "--suggest needs --min_recall or --max_bytes_per_vector"),
+        (["--suggest", "--max_bytes_per_vector", "0"], "max_bytes_per_vector is 0, but must be above 0"),
+        (["--suggest", "--min_recall", "0.9@10", "--publish", "auto"], "--suggest writes no model"),
+    ],
+)
+def test_bad_flags_are_refused_before_any_work(work: Path, export: str, words: list[str], message: str) -> None:
+    with pytest.raises(RequestError, match="^" + re.escape(message)):
+        train.run(arguments(work, export, *words))
+    assert not (work / "models").exists()
+
+
+def test_dry_run_says_what_will_be_measured(work: Path, export: str, capsys: pytest.CaptureFixture[str]) -> None:
+    bars = ["--min_recall", "0.9@10/nprobes=4", "--max_imbalance", "2"]
+    assert train.run(arguments(work, export, "--dry_run", *bars)) == []
+    printed = capsys.readouterr().out
+    assert "7,904 vectors held out; recall@10 at least 0.9 with nprobes 4; imbalance at most 2" in printed
+    assert train.run(arguments(work, export, "--dry_run", "--use_all_vectors")) == []
+    assert "on vectors that were trained on: there are no others" in capsys.readouterr().out
+
+
+def test_metrics(work: Path, export: str) -> None:
+    options, _ = parse(arguments(work, export, "--model_id", "m1"))
+    (work / "models" / "m1").mkdir(parents=True)
+    pipeline = beam.Pipeline(runner="FnApiRunner")
+    train.build(pipeline, make_plans(options), options, str(work / "temp"))
+    result = pipeline.run()
+    result.wait_until_finish()
+    found = {each.key.metric.name: each.committed for each in result.metrics().query()["distributions"]}
+    quality = files(work).get("m1")["quality"]
+    assert found["recall_at_10_permille"].max == int(1000 * quality["at"]["expected"]["10"])
+    assert found["imbalance_permille"].max == int(1000 * quality["lists"]["imbalance_factor"])
+    assert found["evaluate_msec"].count == 1
+
+
+# --- against the model before ---
+
+
+def test_the_same_vectors_again_cost_only_the_sample(
+    work: Path, export: str, old: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = ["--model_id", "new", "--seed", "5", "--compare_to", "old", "--only_if_better", "5%"]
+    assert train.run(arguments(work, export, *again)) == []
+    printed = capsys.readouterr()
+    assert [json.loads(line) for line in printed.out.splitlines()] == [
+        {"model_id": "new"},
+        {"model_id": "old", "state": "created", "error": "", "path": f"{work}/models/old", "kept": True},
+    ]
+    assert 'model "old" is kept: its error is' in printed.err
+    assert "nothing was trained" in printed.err
+    assert "k-means" not in printed.err
+    assert os.listdir(work / "models") == ["old"]
+    assert files(work).get("old") == old
+    assert os.listdir(work / "temp") == []
+
+
+def test_vectors_that_have_changed_get_a_new_model(
+    work: Path, old: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = write_export(work / "changed", vectors=DRIFTED)
+    again = ["--model_id", "new", "--compare_to", "old", "--only_if_better", "5%"]
+    (new,) = train.run(arguments(work, changed, *again))
+    compared = new["quality"]["previous"]
+    assert compared["model_id"] == "old"
+    assert compared["error_of_new"] < 0.95 * compared["error"]
+    assert compared["error_of_new"] == pytest.approx(new["quality"]["error"]["held_out"]["total"], rel=0.02)
+    assert compared["error_then"] == old["quality"]["error"]["held_out"]["total"] < compared["error"]
+    assert f"{compared['error_of_new']:.5g}, that of old {compared['error']:.5g}" in capsys.readouterr().out
+
+
+def test_a_new_model_that_is_no_better_is_not_kept(work: Path, export: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With another nlist the error of its time says nothing, so the new one is trained first."""
+    train.run(arguments(work, export, "--model_id", "old"))
+    parameters = {**REQUEST["method"]["parameters"], "nlist": 7}
+    fields = ["--method", json.dumps({**REQUEST["method"], "parameters": parameters})]
+    assert train.run(arguments(work, export, *fields, "--compare_to", "old", "--only_if_better", "50%")) == []
+    assert "that of a new model" in capsys.readouterr().err
+    assert os.listdir(work / "models") == ["old"]
+
+
+def test_what_cannot_be_compared(work: Path, export: str, old: dict[str, Any]) -> None:
+    flat = {**REQUEST["method"], "parameters": {"nlist": 8}}
+    with pytest.raises(RequestError, match='compare_to: model "old" has encoder pq, this request flat'):
+        train.run(arguments(work, export, "--compare_to", "old", "--method", json.dumps(flat)))
+    with pytest.raises(RequestError, match=r"compare_to needs 100 vectors or more .* but 0 of 12000 are left"):
+        train.run(arguments(work, export, "--compare_to", "old", "--use_all_vectors"))
+    assert os.listdir(work / "models") == ["old"]
+
+
+def test_the_graph_holds_no_model(work: Path, export: str, old: dict[str, Any]) -> None:
+    """The old model is handed over as a file."""
+    options, _ = parse(arguments(work, export, "--compare_to", "old"))
+    pipeline = beam.Pipeline(runner="FnApiRunner")
+    train.build(pipeline, make_plans(options), options, str(work / "temp"))
+    graph = pipeline.to_runner_api().SerializeToString()
+    blob = files(work).blob("old")
+    assert blob[200:264] not in graph
+    (handed_over,) = (work / "temp").glob("*.previous.json")
+    assert handed_over.read_bytes() == blob
+
+
+def test_a_model_of_the_cluster_to_compare_with(work: Path, export: str, opensearch_3: OpenSearchServer) -> None:
+    method = json.dumps({**REQUEST["method"], "parameters": {"nlist": 8}})
+    publish = ["--opensearch_url", opensearch_3.url, "--publish", "auto", "--method", method]
+    train.run(arguments(work, export, "--model_id", "quality-old", *publish))
+    files(work).remove("quality-old")
+    again = ["--model_id", "quality-new", "--seed", "9", "--compare_to", "quality-old", "--only_if_better", "40%"]
+    assert train.run(arguments(work, export, *again, *publish)) == []
+    client = opensearch_3.client()
+    found = client.transport.perform_request("GET", "/_plugins/_knn/models/quality-old")
+    assert found["state"] == "created"
+    assert not client.exists(index=".opensearch-knn-models", id="quality-new")
+
+
+# --- a suggestion ---
+
+
+def test_suggest_prints_a_request_that_trains_as_well_as_it_says(
+    work: Path, export: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (body,) = train.run([*arguments(work, export)[:4], "--suggest", "--min_recall", "0.8@10"])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == body
+    assert re.search(r"^IVF256,PQ8x8 +8x +35\.2 ", printed.err, re.MULTILINE)
+    assert not (work / "models").exists()
+    (work / "request.json").write_text(printed.out)
+    (model,) = train.run(arguments(work, export))
+    assert model["quality"]["at"]["expected"]["10"] >= 0.8
