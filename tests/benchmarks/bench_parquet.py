@@ -3,7 +3,8 @@
 
     python -m tests.benchmarks.bench_parquet [--rows 1000000] [--nlist 1024] [--sample N] [--pairs 3] [--together]
 
-Prints wall time, processor time and peak memory of each, their ratios, and whether the models have the same SHA-256.
+Prints wall time, processor time and peak memory of each, their ratios, and whether the models have the same SHA-256;
+then the share of the evaluation in a run that has one.
 With `--together` both run at the same time, which is the fairer comparison on a machine that does other work meanwhile.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from tests.benchmarks.measure import Measured, measure
 from tests.demo import write_parquet
+from transforms.quality import EVAL_VECTORS
 
 DIMENSION, M, FILE_ROWS = 128, 16, 250_000
 HERE = Path(__file__).parent
@@ -46,6 +48,7 @@ def ours(pattern: str, nlist: int, size: int, folder: str, number: int, *more: s
     fields = ["--dimension", str(DIMENSION), "--method", json.dumps(method), "--vector_column", "vector"]
     fields += ["--max_training_vector_count", str(size), "--use_all_vectors"]
     where = ["--parquet", pattern, "--model_dir", folder, "--model_id", f"run-{number}"]
+    where += ["--eval_vectors", "0"]  # the bare script measures nothing either
     measured = measure([sys.executable, "-m", "pipelines.train", *fields, *where, *more])
     return measured, json.loads(Path(folder, f"run-{number}", "model.json").read_text())["provenance"]
 
@@ -67,6 +70,7 @@ def main() -> None:
     pattern = make_data(given.data / str(given.rows), given.rows)
     size = min(given.rows, given.sample or 256 * max(given.nlist, 256))
     walls, over, processor, peaks, same, trainings, ratios = [], [], [], [], [], [], []
+    shares, evaluated_peaks = [], []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2 if given.together else 1) as pool:
         for number in range(given.pairs):
             baseline = pool.submit(bare, pattern, given.nlist, size)
@@ -83,13 +87,21 @@ def main() -> None:
             ratios.append(trainings[-1] / float(found[1]))
             print(f"bare {_told(theirs)}  ({found[0]})")
             print(f"ours {_told(mine)}  (train {trainings[-1]:.2f} s)", flush=True)
+            more = ["--eval_vectors", str(EVAL_VECTORS)]
+            whole, evaluated = ours(pattern, given.nlist, size, folder, given.pairs + number, *more)
+            shares.append(evaluated["seconds"]["evaluate"] / whole.seconds)
+            evaluated_peaks.append(whole.peak_bytes / theirs.peak_bytes)
+            assert evaluated["blob_sha256"] == told["blob_sha256"]
+            evaluate = f"evaluate {evaluated['seconds']['evaluate']:.2f} s, {shares[-1]:.1%}"
+            print(f"ours {_told(whole)}  ({evaluate})", flush=True)
     print(
         f"{given.rows:,} x {DIMENSION}, nlist {given.nlist}, PQ {M}, sample {size:,}: median of {given.pairs} pairs: "
         f"wall {statistics.median(walls):.3f} x bare ({statistics.median(over):+.2f} s against 1.08 x bare), "
         f"processor time {statistics.median(processor):.3f} x bare, "
         f"peak memory {statistics.median(peaks):.3f} x bare, training {statistics.median(trainings):.2f} s "
         f"({statistics.median(ratios):.3f} x bare), "
-        f"same SHA-256: {all(same)}"
+        f"same SHA-256: {all(same)}; with evaluation: its share of the wall time {statistics.median(shares):.1%}, "
+        f"peak memory {statistics.median(evaluated_peaks):.3f} x bare"
     )
 
 
