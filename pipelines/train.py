@@ -116,14 +116,12 @@ def _train(plans: Sequence[Plan], options: TrainOptions, files: ModelFiles) -> l
             finally:
                 folder.keep = launches or (failed and not progress.cancelled() and resume.has_sample(folder.path))
     except BaseException as error:
-        reason = _reason(error)
-        if elsewhere:
-            reason = remote.reason(reason)
+        reason = _reason(error, elsewhere)
         for plan in plans:
             if files.get(plan.model_id)["state"] == TRAINING:
                 files.describe(plan.model_id, _described(plan, FAILED, reason))
         outcome.tell_states(plans, files)
-        if elsewhere or isinstance(error, (RequestError, TrainingError)) or reason != str(error):
+        if _is_told(error, reason, elsewhere):
             raise TrainingError(reason) from error
         raise
     finally:
@@ -165,13 +163,15 @@ def _suggest(plan: Plan, options: TrainOptions) -> list[Mapping[str, Any]]:
     def build(pipeline: beam.Pipeline) -> None:
         suggest.build(_sample(pipeline, tried, options, folder.path, ""), tried, options, folder.path)
 
+    elsewhere = remote.is_remote(options)
     try:
-        with _cancel_on_signals(), _folder(tried, options) as folder, display.live(_totals(tried)):
+        with _cancel_on_signals(elsewhere), _folder(tried, options) as folder, display.live(_totals(tried)):
             _run(options, build)
             trials = suggest.read(folder.path, tried)
     except BaseException as error:
-        if isinstance(error, RequestError) or _reason(error) != str(error):
-            raise TrainingError(_reason(error)) from error
+        reason = _reason(error, elsewhere)
+        if _is_told(error, reason, elsewhere):
+            raise TrainingError(reason) from error
         raise
     return [suggest.tell(trials, plan, options)]
 
@@ -295,8 +295,18 @@ def _note_publication(result: WriteToModelIndexResult, files: ModelFiles) -> Wri
     return result
 
 
-def _reason(error: BaseException) -> str:
+def _is_told(error: BaseException, reason: str, elsewhere: bool) -> bool:
+    """Whether `reason` says all that users need; anything else is a bug and needs its traceback."""
+    return elsewhere or isinstance(error, (RequestError, TrainingError)) or reason != str(error)
+
+
+def _reason(error: BaseException, elsewhere: bool = False) -> str:
     """The sentence of ours inside whatever the runner has made of it."""
+    found = _sentence(error)
+    return remote.reason(found) if elsewhere else found
+
+
+def _sentence(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     cause: BaseException | None = error
