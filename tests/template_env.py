@@ -115,7 +115,8 @@ def flink_schema(kind: str) -> dict[str, Any]:
 
     jar = next(once(CACHE / f"flink-operator-{FLINK_OPERATOR}", build).glob("*.jar"))
     with zipfile.ZipFile(jar) as packed:
-        crd = yaml.safe_load(packed.read(f"META-INF/fabric8/{kind.lower()}s.flink.apache.org-v1.yml"))
+        text = packed.read(f"META-INF/fabric8/{kind.lower()}s.flink.apache.org-v1.yml")
+    crd = yaml.load(text, Loader=yaml.CSafeLoader)
     return dict(crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
 
 

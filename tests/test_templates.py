@@ -192,11 +192,12 @@ def test_flink_s_parts_agree() -> None:
     spec = deployment["spec"]
     minor = spec["flinkVersion"].removeprefix("v").replace("_", ".")
     assert spec["image"].startswith(f"flink:{minor}.")
-    (train,) = [
-        command for command in template_commands.in_manifests() if command.where.endswith("cronjob.yaml train")
-    ][:1]
     server, submitter, *_ = containers(job)
     assert server["image"] == f"apache/beam_flink{minor}_job_server:{beam.__version__}"
+    artifacts = next(word.partition("=")[2] for word in server["args"] if word.startswith("--artifacts-dir="))
+    flink = next(each for each in containers(deployment) if each["name"] == "flink-main-container")
+    for container in (server, flink):
+        assert any(artifacts.startswith(mount["mountPath"]) for mount in container["volumeMounts"])
     assert f"--flink-master={deployment['metadata']['name']}-rest:8081" in server["args"]
     pool = next(each for each in containers(deployment) if each["name"] == "python-workers")
     assert pool["image"] == submitter["image"]
@@ -214,7 +215,6 @@ def test_flink_s_parts_agree() -> None:
     shared = {mount["mountPath"] for mount in pool["volumeMounts"]}
     for flag in ("model_dir", "temp_location"):
         assert any(flags[flag].startswith(path) for path in shared)
-    assert train.words
 
 
 # --- schedules -----------------------------------------------------------------------------------------------------
