@@ -67,10 +67,10 @@ def image_python() -> Path:
                 else:
                     # Layers must not hold the cache of downloads; this machine may.
                     command = rest.replace("--no-cache-dir ", "")
-                    call(["sh", "-c", command], cwd=workdir, env={**_clean_environment(), "PATH": path})
+                    call(["sh", "-c", command], cwd=workdir, env={**_QUICK, "PATH": path})
         pip = [str(folder / "venv/bin/python"), "-m", "pip", "--quiet"]
         constraints = ["--constraint", str(CHECKOUT / ".ci/constraints.txt")]
-        call([*pip, "install", *constraints, "apache-beam[yaml]"])
+        call([*pip, "install", *constraints, "apache-beam[yaml]"], env=_QUICK)
         call([*pip, "uninstall", "--yes", "opensearch-knn-train"])
 
     return once(CACHE / f"image-{key}", build) / "venv/bin/python"
@@ -81,7 +81,7 @@ def airflow_python() -> Path:
 
     def build(folder: Path) -> None:
         call([sys.executable, "-m", "venv", str(folder / "venv")])
-        call([str(folder / "venv/bin/python"), "-m", "pip", "install", "--quiet", *AIRFLOW])
+        call([str(folder / "venv/bin/python"), "-m", "pip", "install", "--quiet", *AIRFLOW], env=_QUICK)
 
     return once(CACHE / f"airflow-{_digest(*AIRFLOW)}", build) / "venv/bin/python"
 
@@ -147,6 +147,10 @@ def _copy(arguments: str, workdir: Path) -> None:
 
 def _clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OPENSEARCH_"))}
+
+
+#: pip compiles all that it installs, most of which is never imported.
+_QUICK = {**_clean_environment(), "PIP_NO_COMPILE": "1"}
 
 
 def _digest(*parts: object) -> str:

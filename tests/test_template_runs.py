@@ -6,6 +6,7 @@ open.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -109,6 +110,23 @@ def test_kubernetes(products: OpenSearchServer, tmp_path: Path) -> None:
         ("cluster", "kept", "one of the 3 newest"),
     ]
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_cron(products: OpenSearchServer, tmp_path: Path) -> None:
+    (tmp_path / "request.json").write_text(json.dumps(REQUEST))
+    command = ["sh", str(TEMPLATES / "cron/retrain.sh"), str(tmp_path)]
+    with (tmp_path / "retrain.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ran = template_env.run(command, env=environment(products))
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "another run is at it\n")
+    ran = template_env.run(command, env=environment(products))
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    done = result(ran.stdout)
+    assert (done["state"], done["published"]) == ("created", True)
+    assert in_cluster(products) == {done["model_id"]: "created"}
+    (tmp_path / "request.json").write_text("{}")
+    ran = template_env.run(command, env=environment(products))
+    assert (ran.returncode, ran.stdout) == (2, "")
 
 
 # --- Dataflow ------------------------------------------------------------------------------------------------------
