@@ -140,11 +140,12 @@ def test_manifests_fit_kubernetes(version: str) -> None:
 def test_manifests_fit_the_flink_operator() -> None:
     found = [document for _, document in manifests() if document["kind"] == "FlinkDeployment"]
     schema = required(lambda: template_env.flink_schema("FlinkDeployment"))
+    validator = jsonschema.Draft202012Validator(_closed(schema))
     for document in found:
-        jsonschema.validate(document, _closed(schema))
+        validator.validate(document)
         wrong = json.loads(json.dumps(document).replace("numberOfTaskSlots", "x").replace('"replicas"', '"replica"'))
         with pytest.raises(jsonschema.ValidationError, match="replica"):
-            jsonschema.validate(wrong, _closed(schema))
+            validator.validate(wrong)
     assert len(found) == 1
 
 
@@ -294,9 +295,10 @@ def test_files_fit_google_s_apis() -> None:
         ("cloudscheduler.v1", "Job", json.loads((folder / "scheduler-job.json").read_text())),
     ):
         schema = required(lambda api=api, name=name: template_env.google_schema(api, name))  # type: ignore[misc]
-        jsonschema.validate(value, schema)
+        validator = jsonschema.Draft202012Validator(schema)
+        validator.validate(value)
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate({**value, "is_optional": "true"}, schema)
+            validator.validate({**value, "is_optional": "true"})
 
 
 def test_each_run_has_a_job_name_of_its_own() -> None:
