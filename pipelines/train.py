@@ -30,6 +30,7 @@ from transforms import progress, run_folder, trainer_process
 from transforms.errors import RequestError, TrainingError
 from transforms.model import CREATED, FAILED, TRAINING, TrainedModel, metadata
 from transforms.model_files import REJECTED, ModelFiles, WriteToModelFiles, WrittenModel, write_rejected
+from transforms.opensearch.routes import DELEGATE
 from transforms.opensearch.writing import WriteToModelIndex, WriteToModelIndexResult
 from transforms.reading import ReadVectors, too_many_bad_vectors
 from transforms.run_folder import RunFolder
@@ -250,6 +251,12 @@ def _model(sample: beam.PCollection[Sample], plan: Plan, options: TrainOptions, 
         return
     # From the files: whatever becomes of the publication, the model is there, and a bundle done again finds the same.
     files = ModelFiles(options.model_dir)
+    vectors = None
+    # Only where it is needed: a side input ends a stage, and the model would travel as an element.
+    if plan.publication.choice.route == DELEGATE:
+        vectors = own | f"Leave out held-out{suffix}" >> beam.Map(Sample.first, plan.sample_size).with_output_types(
+            Sample
+        )
     published = (
         written
         | f"Read model{suffix}" >> beam.FlatMap(_read_created, files).with_output_types(TrainedModel)
@@ -258,7 +265,7 @@ def _model(sample: beam.PCollection[Sample], plan: Plan, options: TrainOptions, 
             connect(options),
             plan.request,
             options.publish,
-            own | f"Leave out held-out{suffix}" >> beam.Map(Sample.first, plan.sample_size).with_output_types(Sample),
+            vectors,
             plan.request.preference,
             options.verify,
             options.allow_large_model,
