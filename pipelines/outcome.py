@@ -130,19 +130,17 @@ def tell_states(plans: Sequence[Plan], files: ModelFiles) -> None:
 def _print_result(plan: Plan, files: ModelFiles, written: Mapping[str, Any], published: Mapping[str, Any]) -> None:
     """A line of JSON for the program that started the run; the last lines on stdout are these, one for each model.
 
-    Where the model before was kept, the line is about that.
+    Where the model before was kept, the line is about that, with the reason in `kept`.
     """
-    if written.get("kept") and plan.previous is not None:
-        model_id = plan.previous.model_id
-        path = files.path(model_id) if files.state(model_id) else None
-        print(json.dumps({"model_id": model_id, "state": CREATED, "error": "", "path": path, "kept": True}), flush=True)
-        return
+    kept = written.get("kept") or ""
     done = published.get("state") == CREATED
+    model_id = plan.previous.model_id if kept and plan.previous is not None else plan.model_id
     result = {
-        "model_id": plan.model_id,
-        "state": written["state"],
-        "error": written["error"] or published.get("error", ""),
-        "path": files.path(plan.model_id),
+        "model_id": model_id,
+        "state": CREATED if kept else written["state"],
+        "error": "" if kept else written["error"] or published.get("error", ""),
+        "kept": kept,
+        "path": files.path(model_id) if files.state(model_id) else None,
         "published": done,
         "route": published.get("route") if done else None,
         "exact": published.get("exact") if done else None,

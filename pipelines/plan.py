@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from pipelines.options import TrainOptions, body
+from pipelines.pruning import newest
 from pipelines.resume import KeptSample, matching
 from transforms import faiss_training
 from transforms.comparison import FEWEST_VECTORS, check_comparable, parse_gain
@@ -18,9 +19,9 @@ from transforms.files import read_whole
 from transforms.gate import Gate, LeastRecall
 from transforms.model import TrainedModel, random_model_id
 from transforms.model_files import ModelFiles, check_model_id
-from transforms.model_ids import expand
+from transforms.model_ids import expand, is_pattern
 from transforms.opensearch import OpenSearchConnection, OpenSearchVectors, Session, model_index
-from transforms.opensearch.publishing import Ready, preflight
+from transforms.opensearch.publishing import Ready, preflight, unfinished
 from transforms.opensearch.session import LAUNCHER_ATTEMPTS
 from transforms.parquet import ParquetVectors
 from transforms.quality import hold_out
@@ -237,7 +238,10 @@ def _previous(
     """The model to compare with: from the files if it is there, or else from the cluster of this run."""
     if options.compare_to is None:
         return None
-    model_id = check_model_id(options.compare_to)
+    pattern = is_pattern(options.compare_to)
+    model_id = _newest(options, session) if pattern else check_model_id(options.compare_to)
+    if model_id is None:
+        return None
     try:
         if not options.model_dir:
             raise RequestError(f'Model "{model_id}" is nowhere: there is no --model_dir')
@@ -250,6 +254,15 @@ def _previous(
     for request in requests:
         check_comparable(model.json(), request)
     return model
+
+
+def _newest(options: TrainOptions, session: Session | None) -> str | None:
+    """The newest model of a pattern: in the cluster to publish to, or else in the files; None for a first run."""
+    if session is None:
+        return newest(ModelFiles(options.model_dir).list() if options.model_dir else [], options.compare_to)
+    begun = unfinished(session)
+    models = [model for model in model_index.list_models(session) if model["model_id"] not in begun]
+    return newest(models, options.compare_to)
 
 
 def _plan(

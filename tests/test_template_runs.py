@@ -9,8 +9,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ from tests import template_env
 from tests.google_cloud import GoogleCloud
 from tests.opensearch.support import fill
 from tests.opensearch_server import OpenSearchServer
-from tests.runners import required
+from tests.runners import flink_cluster, go_install, required
+from tests.runners.flink_cluster import FlinkCluster, free_ports
 from tests.template_commands import in_manifests, launch_parameters
 from tests.template_env import TEMPLATES
 from transforms.opensearch import OpenSearchConnection, Session, model_index
@@ -44,6 +48,7 @@ REQUEST = {
     "training_index": INDEX,
     "training_field": FIELD,
     "dimension": DIMENSION,
+    "max_training_vector_count": 1000,
     "method": {
         "name": "ivf",
         "engine": "faiss",
@@ -129,6 +134,92 @@ def test_cron(products: OpenSearchServer, tmp_path: Path) -> None:
     assert (ran.returncode, ran.stdout) == (2, "")
 
 
+# --- Flink ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def worker_pool(python: Path, log: Path) -> Iterator[int]:
+    """The pool that boot starts in the image when it is told `--worker_pool`; gives its port."""
+    (port,) = free_ports(1)
+    command = [str(python), "-m", "apache_beam.runners.worker.worker_pool_main", f"--service_port={port}"]
+    command.append(f"--container_executable={go_install('python/container')}")
+    path = f"{python.parent}:{os.environ['PATH']}"  # the pool starts `python`, whichever that is
+    env = template_env.checkout_environment(PATH=path, RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT="1")
+    with log.open("w") as out:
+        options: dict[str, Any] = {"stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
+        pool = subprocess.Popen(command, env=env, cwd=log.parent, **options)
+    try:
+        yield port
+    finally:
+        os.killpg(pool.pid, signal.SIGKILL)
+        pool.wait()
+
+
+def test_flink(products: OpenSearchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The submitter's command and a pool of workers beside one task manager: two cannot share one on a machine."""
+    python = required(template_env.image_python)
+    monkeypatch.setattr(flink_cluster, "TASK_MANAGERS", 1)
+    (tmp_path / "request.json").write_text(json.dumps(REQUEST))
+    (tmp_path / "temp").mkdir()
+    (command,) = [each for each in in_manifests() if each.where.startswith("flink/") and each.words[0] == "knn-train"]
+    with closing(required(FlinkCluster)) as cluster, worker_pool(python, tmp_path / "pool.log") as port:
+        cluster.start()
+        (endpoint,) = [option for option in cluster.options if option.startswith("--job_endpoint")]
+        here = {
+            "--request=/etc/knn-train": f"--request={tmp_path}",
+            "=/shared": f"={tmp_path}",
+            "--job_endpoint=localhost:8099": endpoint,
+            "=localhost:50000": f"=localhost:{port}",
+            "--parallelism=4": "--parallelism=1",
+        }
+        words = command.words
+        for ours, theirs in here.items():
+            words = [word.replace(ours, theirs) for word in words]
+        env = template_env.checkout_environment(OPENSEARCH_URL=products.url)
+        ran = template_env.run([str(python), "-m", "pipelines.train", *words[1:]], env=env)
+    assert ran.returncode == 0, ran.stderr[-4000:] + (tmp_path / "pool.log").read_text()[-4000:]
+    done = result(ran.stdout)
+    assert (done["state"], done["published"]) == ("created", True)
+    assert in_cluster(products) == {done["model_id"]: "created"}
+    assert list((tmp_path / "temp").iterdir()) == []
+
+
+def test_scheduled_retraining(products: OpenSearchServer, tmp_path: Path) -> None:
+    """Unchanged vectors keep the model, drifted ones replace it, and the old ones go, but for one that is used."""
+    (tmp_path / "request.json").write_text(json.dumps(REQUEST))
+    # Four Sundays pass here within a minute.
+    text = (TEMPLATES / "cron/retrain.sh").read_text().replace("{date}", "{date}-{time}")
+    script = tmp_path / "retrain.sh"
+    script.write_text(text.replace("--keep 3", "--keep 1"))
+
+    def sunday() -> dict[str, Any]:
+        ran = template_env.run(["sh", str(script), str(tmp_path)], env=environment(products))
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        return result(ran.stdout)
+
+    first = sunday()
+    assert (first["state"], first["published"], first["kept"]) == ("created", True, "")
+    second = sunday()
+    assert (second["state"], second["model_id"], second["published"]) == ("created", first["model_id"], False)
+    assert "nothing was trained" in second["kept"]
+    assert in_cluster(products) == {first["model_id"]: "created"}
+
+    client = products.client()
+    uses = {"properties": {"v": {"type": "knn_vector", "model_id": first["model_id"]}}}
+    client.indices.create(index="serving", body={"settings": {"index.knn": True}, "mappings": uses})
+    fill(products, INDEX, vectors(2, scale=3.0), field=FIELD)
+    third = sunday()
+    assert (third["state"], third["published"]) == ("created", True)
+    assert in_cluster(products) == {first["model_id"]: "created", third["model_id"]: "created"}
+
+    client.indices.delete(index="serving")
+    fourth = sunday()
+    assert fourth["model_id"] == third["model_id"]
+    assert fourth["kept"]
+    assert in_cluster(products) == {third["model_id"]: "created"}
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [third["model_id"]]
+
+
 # --- Dataflow ------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +250,7 @@ def test_dataflow_s_job_graph(launch: Callable[..., str]) -> None:
     # Dataflow's limit is 10 MB; what is here does not grow with the data.
     assert graph["bytes"] < 200_000
     assert {"Train model/Train", "Publish model/Publish"} <= set(graph["labels"])
+    assert int(graph["hints"]["Train model/Train"]["beam:resources:min_ram_bytes:v1"]) > 0
 
 
 def test_dataflow_s_launcher_hands_the_job_over(launch: Callable[..., str], tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_commands_are_what_the_programs_take(command: Command) -> None:
     assert options.request
     assert options.model_dir
     assert not options.parquet or options.vector_column or options.opensearch_url or not options.publish
+    assert options.compare_to in (None, options.model_id[0]), "the model before is the newest of the same pattern"
     for model_id in options.model_id or []:
         assert re.search(r"\{(date|time)\}", model_id), "a schedule needs a new id for each run"
     unknown = [word for word in words if re.search(r"password|token|secret", word, re.IGNORECASE)]

@@ -116,7 +116,7 @@ def test_trains_a_model_that_faiss_trains_from_the_same_rows(
     printed = capsys.readouterr()
     assert json.loads(printed.out.splitlines()[0]) == {"model_id": "m1"}
     path = str(work / "models" / "m1")
-    told = {"model_id": "m1", "state": "created", "error": "", "path": path}
+    told = {"model_id": "m1", "state": "created", "error": "", "kept": "", "path": path}
     assert json.loads(printed.out.splitlines()[-1]) == {**told, "published": False, "route": None, "exact": None}
     assert "4,096" in printed.out
     assert "sample: 4,096 of 12,000 vectors (256 a centroid, which is all that faiss uses)" in printed.err

@@ -47,15 +47,17 @@ with DAG(
         task_id="train",
         bash_command=(
             f"knn-train --request {FOLDER}/request.json --model_id '{MODEL_ID}' --model_dir {FOLDER}/models "
-            f"--temp_location {FOLDER}/temp --overwrite"
+            f"--temp_location {FOLDER}/temp --overwrite --compare_to '{MODEL_ID}' --only_if_better 2%"
         ),
         **COMMAND,
     )
 
     @task.short_circuit
     def gate(result: dict[str, Any]) -> bool:
-        """Whether there is a model to publish. The measured gate is in `knn-train`; what else must hold goes here."""
-        return result["state"] == "created"
+        """Whether there is a new model: `kept` says why not. What else must hold goes here; for recall there is
+        `knn-train --min_recall`, below which the training fails.
+        """
+        return result["state"] == "created" and not result["kept"]
 
     publish = BashOperator(
         task_id="publish",

@@ -12,5 +12,5 @@ if ! flock -n 9; then
 fi
 mkdir -p temp
 knn-train --request request.json --model_id 'products-{date}-{sha}' --model_dir models --temp_location temp --overwrite \
-  --publish auto
+  --compare_to 'products-{date}-{sha}' --only_if_better 2% --publish auto
 knn-models prune 'products-{date}-{sha}' --keep 3 --delete --model_dir models --opensearch_url "$OPENSEARCH_URL" >&2
