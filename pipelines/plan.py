@@ -13,7 +13,7 @@ from pipelines.options import TrainOptions, body
 from pipelines.pruning import newest
 from pipelines.resume import KeptSample, matching
 from transforms import faiss_training
-from transforms.comparison import FEWEST_VECTORS, check_comparable, parse_gain
+from transforms.comparison import FEWEST_VECTORS, Previous, check_comparable, parse_gain
 from transforms.errors import RequestError
 from transforms.files import read_whole
 from transforms.gate import Gate, LeastRecall
@@ -27,7 +27,7 @@ from transforms.parquet import ParquetVectors
 from transforms.quality import hold_out
 from transforms.request import TrainingRequest
 from transforms.sampling import keep_fraction
-from transforms.training import available_cores
+from transforms.training import TrainModel, available_cores
 from transforms.vectors import NUMPY_TYPES, SourceSummary, VectorSource, columns
 from transforms.versions import NEWEST_TARGET
 
@@ -114,6 +114,21 @@ class Plan:
         """Bytes under the temporary folder."""
         row = columns(self.request.dimension, self.request.data_type) * NUMPY_TYPES[self.request.data_type].itemsize + 8
         return int(min(self.summary.count, self.keep * self.summary.count + 1) * row)
+
+    def train_model(self, threads: int, previous: Previous | None = None) -> TrainModel:
+        """The step that trains the model on its sample, with `threads` or all cores of the worker (0)."""
+        return TrainModel(
+            self.request,
+            self.model_id,
+            self.held_out,
+            threads,
+            self.niter,
+            self.nredo,
+            self.provenance(),
+            self.summary.count if self.evaluate else 0,
+            self.gate,
+            previous,
+        )
 
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (what, how much), for people."""

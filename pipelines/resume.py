@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,7 +67,11 @@ def note(sample: Sample, path: str, source: Mapping[str, Any], summary: SourceSu
 
 def find(temp_location: str | None) -> list[KeptSample]:
     """The complete samples that runs left in one place, the latest first."""
-    return [_read(path) for path in run_folder.find(temp_location, _NOTES)]
+    found = []
+    for path in run_folder.find(temp_location, _NOTES):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # another version's, or gone meanwhile
+            found.append(_read(path))
+    return found
 
 
 def matching(kept: Sequence[KeptSample], sources: Sequence[VectorSource]) -> list[KeptSample | None]:

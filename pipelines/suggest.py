@@ -16,6 +16,7 @@ from pipelines.options import TrainOptions
 from pipelines.plan import Plan
 from transforms.errors import RequestError
 from transforms.files import read_whole, write_whole
+from transforms.gate import Gate
 from transforms.sampling import Sample
 from transforms.suggest import Trial, best, candidates, ready
 from transforms.training import TrainModel, train_model
@@ -40,23 +41,14 @@ def plans(plan: Plan, options: TrainOptions) -> list[Plan]:
         limit = request.max_training_vector_count
         if not options.use_all_vectors:
             limit = min(limit, request.usable_vectors)
-        found.append(replace(plan, request=request, sample_size=min(limit, plan.summary.count)))
+        found.append(replace(plan, request=request, sample_size=min(limit, plan.summary.count), gate=Gate()))
     return found
 
 
 def build(sample: beam.PCollection[Sample], tried: Sequence[Plan], options: TrainOptions, folder: str) -> None:
     """Adds the trials to a pipeline; their results arrive as files under `folder`."""
     for number, plan in enumerate(tried, 1):
-        transform = TrainModel(
-            plan.request,
-            plan.model_id,
-            plan.held_out,
-            options.training_threads,
-            plan.niter,
-            plan.nredo,
-            plan.provenance(),
-            plan.summary.count,
-        )
+        transform = plan.train_model(options.training_threads)
         path = _path(folder, number)
         _ = (
             sample

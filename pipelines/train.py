@@ -35,7 +35,6 @@ from transforms.opensearch.writing import WriteToModelIndex, WriteToModelIndexRe
 from transforms.reading import ReadVectors, too_many_bad_vectors
 from transforms.run_folder import RunFolder
 from transforms.sampling import Sample, SampleVectors
-from transforms.training import TrainModel
 from transforms.vectors import RejectedVector
 
 #: Runs in this process and starts no server. Beam's own default first tries to download another runner.
@@ -228,18 +227,7 @@ def _sample(
 def _model(sample: beam.PCollection[Sample], plan: Plan, options: TrainOptions, folder: str, suffix: str) -> None:
     """One model of a sample: trained, written to files, and from there into a cluster."""
     own = sample | f"Take sample{suffix}" >> beam.Map(Sample.first, plan.rows_wanted).with_output_types(Sample)
-    train = TrainModel(
-        plan.request,
-        plan.model_id,
-        plan.held_out,
-        options.training_threads,
-        plan.niter,
-        plan.nredo,
-        plan.provenance(),
-        plan.summary.count if plan.evaluate else 0,
-        plan.gate,
-        outcome.hand_over_previous(folder, plan),
-    )
+    train = plan.train_model(options.training_threads, outcome.hand_over_previous(folder, plan))
     write = WriteToModelFiles(options.model_dir)
     # Both have the hint: runners fuse only steps with equal ones, and a model is too large to be sent as an element.
     models = own | f"Train model{suffix}" >> train.with_resource_hints(min_ram=plan.worker_bytes)

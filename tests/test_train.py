@@ -472,6 +472,15 @@ def test_a_run_of_the_same_vectors_replaces_what_was_kept(work: Path, export: st
     assert os.listdir(work / "temp") == []
 
 
+def test_what_another_version_kept_is_in_nobodys_way(work: Path, export: str) -> None:
+    kept = fail_in_training(work, export)
+    (note,) = (work / "temp" / kept).glob("sample-*.json")
+    note.write_text(json.dumps({**json.loads(note.read_text()), "summary": {"of": "another version"}}))
+    with pytest.raises(RequestError, match="there is no sample to --resume with"):
+        train.run(arguments(work, export, "--resume"))
+    assert sha(work, export)
+
+
 def test_what_was_kept_is_swept_after_a_day(work: Path, export: str) -> None:
     kept = fail_in_training(work, export)
     yesterday = time.time() - run_folder.KEPT_S - 1
