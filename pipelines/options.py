@@ -110,7 +110,10 @@ class TrainOptions(PipelineOptions):
         quality("--min_recall", metavar="RECALL@K", help=text)
         text = "largest imbalance factor of the inverted lists, 1 for lists of one size; above it the model fails"
         quality("--max_imbalance", type=float, metavar="FACTOR", help=text)
-        text = "model in --model_dir, or else in the cluster, to compare errors with on the same held-out vectors"
+        text = (
+            "model in --model_dir, or else in the cluster, to compare errors with on the same held-out vectors; a "
+            "pattern with {date}, {time}, {sha} or * is the newest that it gives"
+        )
         quality("--compare_to", metavar="MODEL_ID", help=text)
         text = "keep the model of --compare_to unless the new one's error is smaller by this share, as 2%%"
         quality("--only_if_better", metavar="SHARE", help=text)

@@ -253,3 +253,20 @@ def test_suggest_prints_a_request_that_trains_as_well_as_it_says(
     (work / "request.json").write_text(printed.out)
     (model,) = train.run(arguments(work, export))
     assert model["quality"]["at"]["expected"]["10"] >= 0.8
+
+
+def test_a_pattern_means_the_newest_model_of_a_schedule(work: Path, export: str, capsys: Any) -> None:
+    def run(model_id: str, *more: str) -> dict[str, Any]:
+        compared = ["--compare_to", "s-*", "--only_if_better", "2%"]
+        train.run(arguments(work, export, "--model_id", model_id, *compared, *more))
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    assert run("s-1")["model_id"] == "s-1"  # there is nothing to compare with yet
+    train.run(arguments(work, export, "--model_id", "other", "--eval_vectors", "0"))
+    kept = run("s-2")
+    assert kept["model_id"] == "s-1"
+    assert "nothing was trained" in kept["kept"]
+    better = {**REQUEST["method"], "parameters": {**REQUEST["method"]["parameters"], "nlist": 32}}
+    assert run("s-3", "--method", json.dumps(better))["model_id"] == "s-3"
+    assert run("s-4", "--method", json.dumps(better))["model_id"] == "s-3"

@@ -54,10 +54,11 @@ with DAG(
 
     @task.short_circuit
     def gate(result: dict[str, Any]) -> bool:
-        """Whether there is a new model: `kept` says why not. What else must hold goes here; for recall there is
-        `knn-train --min_recall`, below which the training fails.
+        """Whether there is a model to publish: a new one, or the last (`kept` says why), which is published if it did
+        not get into the cluster before. What else must hold goes here; for recall there is `knn-train --min_recall`,
+        below which the training fails.
         """
-        return result["state"] == "created" and not result["kept"]
+        return result["state"] == "created"
 
     publish = BashOperator(
         task_id="publish",
