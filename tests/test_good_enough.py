@@ -106,6 +106,21 @@ def test_a_model_below_its_bars_fails_and_leaves_its_report(
     assert "max_imbalance is 1.0001 but" in (work / "models" / "m1" / "report.html").read_text()
 
 
+def test_too_few_lists_are_caught(work: Path, export: str) -> None:
+    """With nlist 4 a list holds a dozen clusters, whose vectors the codes cannot tell apart; with 64 they can."""
+
+    def method(nlist: int) -> list[str]:
+        parameters = {**REQUEST["method"]["parameters"], "nlist": nlist, "nprobes": nlist}
+        return ["--method", json.dumps({**REQUEST["method"], "parameters": parameters}), "--min_recall", "0.2@10"]
+
+    train.run(arguments(work, export, "--model_id", "many", *method(64)))
+    with pytest.raises(TrainingError, match=r"min_recall is 0\.2@10 but recall@10 is 0\.0\d+ with nprobes 4"):
+        train.run(arguments(work, export, "--model_id", "few", *method(4)))
+    assert "is lost in the codes, however many lists are searched" in (
+        (work / "models" / "few" / "report.html").read_text()
+    )
+
+
 def test_a_model_below_the_bar_does_not_replace_a_good_one(work: Path, export: str, old: dict[str, Any]) -> None:
     report = (work / "models" / "old" / "report.html").read_text()
     with pytest.raises(TrainingError, match="min_recall"):
