@@ -462,6 +462,7 @@ def interrupt_before_swap(session: Session, it: Trained, monkeypatch: pytest.Mon
 
 
 def _publish_in_process(url: str, it: Trained, route: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what was started in the background may ignore it
     with Session(OpenSearchConnection(url)) as session:
         it.publish(session, route)
 
