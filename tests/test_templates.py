@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import inspect
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from tests import flex_template, template_commands, template_env
 from tests.runners import CHECKOUT, required
 from tests.template_commands import Command, containers, documents, manifests, pods
 from tests.template_env import DOCKERFILES, TEMPLATES
+from transforms import yaml as transforms_yaml
 from transforms.model_ids import matcher
 from transforms.request import TrainingRequest
 
@@ -332,3 +334,51 @@ def test_options_have_names_that_airflow_s_beam_operators_can_write() -> None:
     for action in parser._actions:
         assert re.fullmatch(r"--[a-z_]+", action.option_strings[0])
         assert action.nargs in (None, 0)
+
+
+# --- Beam YAML -----------------------------------------------------------------------------------------------------
+
+#: What a parameter of a YAML transform is called as an option, where that differs.
+AS_OPTION = {
+    "index": "training_index",
+    "field": "training_field",
+    "size": "max_training_vector_count",
+    "sample_size": "max_training_vector_count",
+    "folder": "temp_location",
+    "threads": "training_threads",
+    "url": "opensearch_url",
+    "route": "publish",
+}
+#: Options that YAML has no parameter for: the first are in the `request`, the rest are knn-train's own to do.
+IN_THE_REQUEST = {"space_type", "method", "mode", "compression_level", "engine", "description", "search_size"}
+NOT_IN_YAML = {
+    *("preference", "node_id", "parquet", "vector_column", "reader", "slices", "max_requests_in_flight"),
+    *("max_bad_vectors", "model_dir", "overwrite", "resume", "use_all_vectors", "allow_large_model", "niter", "nredo"),
+    *("eval_vectors", "min_recall", "max_imbalance", "compare_to", "only_if_better", "suggest", "max_bytes_per_vector"),
+}
+
+
+def yaml_transforms() -> dict[str, type[beam.PTransform]]:
+    return {
+        name: kind
+        for name, kind in vars(transforms_yaml).items()
+        if isinstance(kind, type) and issubclass(kind, beam.PTransform) and kind.__module__ == transforms_yaml.__name__
+    }
+
+
+def test_the_provider_offers_every_yaml_transform_and_no_other() -> None:
+    (provider,) = yaml.safe_load((TEMPLATES / "beam-yaml/providers.yaml").read_text())
+    assert provider["transforms"] == {name: f"transforms.yaml.{name}" for name in yaml_transforms()}
+
+
+def test_every_option_is_a_yaml_parameter_or_known_not_to_be() -> None:
+    """A new option must be given to YAML, or be said here not to be for it."""
+    parameters = set()
+    for kind in yaml_transforms().values():
+        own = list(inspect.signature(kind.__init__).parameters)[1:]
+        documented = re.findall(r"^ {2}(\w+): ", inspect.getdoc(kind) or "", re.MULTILINE)
+        assert not documented or documented == own
+        parameters |= {AS_OPTION.get(name, name) for name in own}
+    options = {action.dest for action in flex_template.actions()} | {"temp_location"}
+    assert parameters | IN_THE_REQUEST | NOT_IN_YAML == options
+    assert not parameters & (IN_THE_REQUEST | NOT_IN_YAML)
