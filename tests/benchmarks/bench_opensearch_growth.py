@@ -189,7 +189,7 @@ def main() -> None:
         return replace(made, decode=timed(made.decode))
 
     slice_reader.make_reader = make_timed_reader  # type: ignore[assignment]
-    server = None if given.port else OpenSearchServer("3.6.0", heap="1g")
+    server = None if given.port else OpenSearchServer("3.6.0", heap="3g")
     with closing(server) if server else nullcontext():
         if server:
             server.start()
