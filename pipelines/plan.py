@@ -293,10 +293,7 @@ def _plan(
     summary = source.summary() if kept is None else kept.summary
     # The cluster's own minimum is about all documents of the index; a query's share of them says nothing of it.
     request.check_count(summary.count, documents=None if options.query else summary.documents)
-    limit = request.max_training_vector_count
-    if not options.use_all_vectors:
-        limit = min(limit, request.usable_vectors)
-    sample_size = min(limit, summary.count)
+    sample_size = sample_size_of(options, request, summary.count)
     held_out = hold_out(options.eval_vectors) or CHECKED
     if kept is not None and kept.sample.size < min(sample_size + held_out, summary.count):
         raise RequestError(f"the sample in {kept.folder} is too small to --resume with: {sample_size:,} are wanted")
@@ -336,6 +333,12 @@ def _plan(
         publication=publication,
         kept=kept,
     )
+
+
+def sample_size_of(options: TrainOptions, request: TrainingRequest, count: int) -> int:
+    """Vectors to train on, of `count`."""
+    usable = count if options.use_all_vectors else request.usable_vectors
+    return min(request.max_training_vector_count, usable, count)
 
 
 def by_source(plans: Sequence[Plan]) -> list[list[Plan]]:

@@ -13,7 +13,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipelines import display
 from pipelines.options import TrainOptions
-from pipelines.plan import Plan
+from pipelines.plan import Plan, sample_size_of
 from transforms.errors import RequestError
 from transforms.files import read_whole, write_whole
 from transforms.gate import Gate
@@ -38,10 +38,8 @@ def plans(plan: Plan, options: TrainOptions) -> list[Plan]:
     """One plan for each request to try, all of one source."""
     found = []
     for request in candidates(plan.request, plan.summary.count):
-        limit = request.max_training_vector_count
-        if not options.use_all_vectors:
-            limit = min(limit, request.usable_vectors)
-        found.append(replace(plan, request=request, sample_size=min(limit, plan.summary.count), gate=Gate()))
+        sample_size = sample_size_of(options, request, plan.summary.count)
+        found.append(replace(plan, request=request, sample_size=sample_size, gate=Gate()))
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from transforms.errors import RequestError, TrainingError
 from transforms.gate import LeastRecall
 from transforms.request import TrainingRequest
+from transforms.versions import parse_version
 
 #: Recall that may be given up for fewer nprobes.
 _WORTH = 0.01
@@ -85,7 +86,7 @@ def _with_method(request: TrainingRequest, nlist: int, encoder: Mapping[str, Any
     parameters: dict[str, Any] = {"nlist": nlist, "nprobes": 1}
     if encoder is not None:
         parameters["encoder"] = dict(encoder)
-        if encoder["name"] == "sq" and _needs_bits(request):
+        if encoder["name"] == "sq" and parse_version(request.target_version) >= (3, 6, 0):
             parameters["encoder"] = {"name": "sq", "parameters": {"bits": 16}}
     return _parsed(request, parameters)
 
@@ -102,10 +103,6 @@ def _parsed(request: TrainingRequest, parameters: Mapping[str, Any], **more: Any
 
 
 _RESOLVED = ("method", "mode", "compression_level", "spaceType")
-
-
-def _needs_bits(request: TrainingRequest) -> bool:
-    return tuple(map(int, request.target_version.split("."))) >= (3, 6, 0)
 
 
 def best(trials: Sequence[Trial], least: LeastRecall | None, most_bytes: float | None) -> Trial:
