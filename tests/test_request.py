@@ -702,6 +702,18 @@ def test_limits_are_silent_for_an_ordinary_model() -> None:
     assert parse(ivf(encoder("pq", m=8, code_size=8), nlist=1024, body={"dimension": 768})).check_limits() == []
 
 
+def test_warns_of_nprobes_that_binary_models_lose() -> None:
+    """The plugin's TrainBinaryIndex does not apply them: see nprobe in its blobs."""
+    binary = {"dimension": 16, "data_type": "binary", "space_type": "hamming"}
+    message = (
+        "nprobes 3 is not stored in the model: of a binary index searches visit 1 list unless they say "
+        '{"method_parameters": {"nprobes": 3}}'
+    )
+    assert parse(ivf(nprobes=3, body=binary)).check_limits() == [message]
+    assert parse(ivf(encoder("binary", bits=1), nprobes=3)).check_limits() == [message]
+    assert parse(ivf(nprobes=1, body=binary)).check_limits() == []
+
+
 @pytest.mark.parametrize("code_size", [25, 127])
 def test_refuses_a_code_size_faiss_cannot_train(code_size: int) -> None:
     with pytest.raises(RequestError) as caught:

@@ -357,6 +357,11 @@ class TrainingRequest:
                 f"sq with 1 bit does not compress ivf vectors: the cluster builds {self.index_description} "
                 f"although it reports compression_level {self.compression_level}"
             )
+        if self.is_binary and self.nprobes is not None and self.nprobes > 1:
+            warnings.append(
+                f"nprobes {self.nprobes} is not stored in the model: of a binary index searches visit 1 list unless "
+                f'they say {{"method_parameters": {{"nprobes": {self.nprobes}}}}}'
+            )
         return warnings
 
     def _precomputed_table_bytes(self) -> int:
