@@ -237,3 +237,23 @@ def test_display_data() -> None:
         "dimension": D,
         "data_type": "float",
     }
+
+
+def test_positions_are_shares_of_all_rows_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list = VECTORS.tolist()
+    rows[5] = None
+    write(tmp_path / "a.parquet", rows_of(VECTORS[:200], pa.list_(pa.float32())))
+    write(tmp_path / "b.parquet", pa.array(rows[200:] + rows[:200], pa.list_(pa.float32())))
+    expected = np.delete(np.arange(1_200), 200 + 800 + 5) / np.float32(1_200)
+
+    def positions(keep: float) -> np.ndarray:
+        source = ParquetVectors(str(tmp_path / "*.parquet"), "v", D)
+        blocks = [block for part in source.slices() for block in source.read(part, keep, lambda bad: None)]
+        assert {block.positions.dtype for block in blocks} == {np.dtype(np.float32)}
+        return np.concatenate([block.positions for block in blocks])
+
+    whole, some = positions(1.0), positions(0.3)
+    assert np.allclose(whole, expected)
+    assert np.isin(some, whole).all()
+    monkeypatch.setattr("transforms.parquet.SLICE_BYTES", 1)
+    assert np.array_equal(positions(1.0), whole)

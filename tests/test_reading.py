@@ -21,7 +21,8 @@ closed: list[int] = []
 
 def block(part: int) -> VectorBlock:
     rows = np.arange(ROWS)
-    return VectorBlock(priority(stream_key(7, str(part)), rows), np.full((ROWS, DIMENSION), part, np.float32))
+    vectors = np.full((ROWS, DIMENSION), part, np.float32)
+    return VectorBlock(priority(stream_key(7, str(part)), rows), vectors, rows / np.float32(ROWS))
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ArraySource:
                 reject(RejectedVector(f"part {part}", f"row {row}", "length 3, expected 4"))
             whole = block(part)
             kept = whole.priorities < keep * 2.0**64
-            yield VectorBlock(whole.priorities[kept], whole.vectors[kept])
+            yield VectorBlock(whole.priorities[kept], whole.vectors[kept], whole.positions[kept])
         finally:
             closed.append(part)
 

@@ -26,14 +26,15 @@ from transforms.sampling import (
     refill,
     stream_key,
 )
-from transforms.spill import Spill, SpillWriter
+from transforms.spill import Spill, SpillWriter, load
 from transforms.vectors import RejectedVector, SourceSummary, VectorBlock
 
 
 def spill(folder: Path, priorities: Sequence[int], vectors: np.ndarray | None = None) -> Spill:
     writer = SpillWriter(str(folder))
     own = np.array(priorities, np.uint64)
-    writer.append(own, own[:, None].astype(np.float32) if vectors is None else vectors)
+    rows = own[:, None].astype(np.float32) if vectors is None else vectors
+    writer.append(own, rows, rows[:, 0] / 10)
     written = writer.close()
     assert written is not None
     return written
@@ -147,21 +148,39 @@ def test_rows_of_equal_priority_are_ordered_by_their_bytes(tmp_path: Path) -> No
         assert [row.tobytes() for row in Sample(2, spills).load()] == expected[:2]
 
 
+def test_positions_stay_with_their_rows(tmp_path: Path) -> None:
+    """Also where priorities are equal, and where rows are equal too."""
+    rows = np.float32([[2, 9], [1, 9], [1, 9], [7, 0], [6, 0]])
+    places = np.float32([0.5, 0.4, 0.3, 0.9, 0.8])
+
+    def spilled(*at: int) -> Spill:
+        writer = SpillWriter(str(tmp_path))
+        writer.append(np.uint64([5, 5, 5, 9, 2])[list(at)], rows[list(at)], places[list(at)])
+        written = writer.close()
+        assert written is not None
+        return written
+
+    for spills in ((spilled(0, 1, 2, 3, 4),), (spilled(4), spilled(2, 0), spilled(3, 1))):
+        vectors, positions = load(spills, 5)
+        assert vectors.tolist() == [[6, 0], [2, 9], [1, 9], [1, 9], [7, 0]]  # the bytes of 2 are the smaller
+        assert positions.tolist() == np.float32([0.8, 0.5, 0.3, 0.4, 0.9]).tolist()
+
+
 def test_spills_of_another_width_are_refused(tmp_path: Path) -> None:
     writer = SpillWriter(str(tmp_path))
-    writer.append(np.zeros(1, np.uint64), np.zeros((1, 4), np.float32))
+    writer.append(np.zeros(1, np.uint64), np.zeros((1, 4), np.float32), np.zeros(1))
     with pytest.raises(ValueError, match="5 columns of <f4 among vectors with 4 columns of <f4"):
-        writer.append(np.zeros(1, np.uint64), np.zeros((1, 5), np.float32))
+        writer.append(np.zeros(1, np.uint64), np.zeros((1, 5), np.float32), np.zeros(1))
 
 
 def test_a_run_that_was_given_up_spills_no_more(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     writer = SpillWriter(str(folder))
-    writer.append(np.zeros(1, np.uint64), np.zeros((1, 4), np.float32))
+    writer.append(np.zeros(1, np.uint64), np.zeros((1, 4), np.float32), np.zeros(1))
     shutil.rmtree(folder)
     with pytest.raises(TrainingError, match=r"the run was given up: .* is gone"):
-        writer.append(np.zeros(1, np.uint64), np.zeros((1, 4), np.float32))
+        writer.append(np.zeros(1, np.uint64), np.zeros((1, 4), np.float32), np.zeros(1))
 
 
 # --- the transform ---
@@ -195,7 +214,8 @@ class Numbers:
             for row in rows[rows < self.bad]:
                 reject(RejectedVector("numbers", f"row {row}", "bad"))
             good = rows >= self.bad
-            yield VectorBlock(priorities[good], np.stack([rows, rows / self.count], 1).astype(np.float32)[good])
+            vectors = np.stack([rows, rows / self.count], 1).astype(np.float32)[good]
+            yield VectorBlock(priorities[good], vectors, vectors[:, 1])
 
 
 def sampled(source: Numbers, size: int, folder: Path, keep: float = 1.0, **options: object) -> np.ndarray:

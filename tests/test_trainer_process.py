@@ -36,7 +36,7 @@ def job(
 ) -> TrainingJob:
     folder.mkdir(exist_ok=True)
     writer = SpillWriter(str(folder))
-    writer.append(np.arange(len(vectors), dtype=np.uint64), vectors)
+    writer.append(np.arange(len(vectors), dtype=np.uint64), vectors, np.linspace(0, 1, len(vectors)))
     written = writer.close()
     body = {**BODY, "method": {"name": "ivf", "engine": "faiss", "parameters": {"nlist": nlist, "nprobes": 2}}}
     return TrainingJob(body, "3.6.0", (written,) if written else (), 2**64 - 1, size, held_out, threads=1)
@@ -154,7 +154,7 @@ def test_memory_estimate_is_about_the_measured_peak(tmp_path: Path) -> None:
     body = {**BODY, "dimension": 256, "method": {"name": "ivf", "engine": "faiss", "parameters": {"nlist": 32}}}
     body["method"]["parameters"]["encoder"] = {"name": "pq", "parameters": {"m": 8, "code_size": 8}}
     writer = SpillWriter(str(tmp_path))
-    writer.append(np.arange(len(vectors), dtype=np.uint64), vectors)
+    writer.append(np.arange(len(vectors), dtype=np.uint64), vectors, np.linspace(0, 1, len(vectors)))
     written = writer.close()
     assert written is not None
     result = train_in_process(TrainingJob(body, "3.6.0", (written,), 2**64 - 1, len(vectors), 0, 2), lambda *_: None)

@@ -184,15 +184,15 @@ def estimate_memory(request: TrainingRequest, count: int, held_out: int = 0) -> 
     bytes its float copy; for IVF an assignment of 12 bytes a vector, the centroids three times, and the larger of the
     subset that k-means draws from more than 256 nlist vectors and, for IVF-PQ, the residuals of the encoder's subset
     with that subset itself, if it is one. Binary indexes decode 32 768 vectors to floats at a time. The sample's
-    priorities and order take 40 bytes a vector
-    while it is loaded.
+    priorities, positions and order take 48 bytes a vector while it is
+    loaded.
     """
     dimension = request.trained_dimension
     if request.data_type == "binary":
         total = (count + held_out) * dimension // 8
     else:
         total = (count + held_out) * request.dimension * (5 if request.data_type == "byte" else 4)
-    total += 90_000_000 + 40 * count + 2 * request.blob_bytes
+    total += 90_000_000 + 48 * count + 2 * request.blob_bytes
     if request.is_binary:
         total += count * dimension // 8 + 4 * min(count, 32_768) * dimension
     elif request.nlist is not None:

@@ -35,12 +35,20 @@ _WITHOUT_VECTOR = Metrics.counter(METRICS, "documents_without_vector")
 
 @dataclass(frozen=True)
 class ParquetSlice:
-    """Row groups `first` to `last` (exclusive) of one file; `row` is the number of their first row."""
+    """Row groups `first` to `last` (exclusive) of one file.
+
+    Attributes:
+      row: the number of their first row.
+      before: rows in the files before this one.
+      total: rows in all files.
+    """
 
     path: str
     first: int
     last: int
     row: int
+    before: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -82,13 +90,15 @@ class ParquetVectors:
     def slices(self) -> list[ParquetSlice]:
         size = self._columns * NUMPY_TYPES[self.data_type].itemsize
         slices = []
+        before, total = 0, sum(footer.num_rows for _, footer in self._footers())
         for path, footer in self._footers():
             first = row = start = 0
             for group in range(footer.num_row_groups):
                 row += footer.row_group(group).num_rows
                 if (row - start) * size >= SLICE_BYTES or group == footer.num_row_groups - 1:
-                    slices.append(ParquetSlice(path, first, group + 1, start))
+                    slices.append(ParquetSlice(path, first, group + 1, start, before, total))
                     first, start = group + 1, row
+            before += footer.num_rows
         return slices
 
     def read(self, part: ParquetSlice, keep: float, reject: Callable[[RejectedVector], None]) -> Iterator[VectorBlock]:
@@ -110,7 +120,10 @@ class ParquetVectors:
                     continue
                 good, vectors = self._matrix(lists, chosen, numbers, part.path, reject)
                 if len(good):
-                    yield VectorBlock(priorities if len(good) == len(priorities) else priorities[good], vectors)
+                    positions = ((part.before + numbers[good]) / part.total).astype(np.float32)
+                    yield VectorBlock(
+                        priorities if len(good) == len(priorities) else priorities[good], vectors, positions
+                    )
 
     @property
     def _columns(self) -> int:

@@ -94,7 +94,7 @@ class Sample:
 
     def load(self) -> np.ndarray:
         """(min(size, rows seen), columns), in the order of the priorities; see `spill.load`."""
-        return spill.load(self.spills, self.size, self.threshold)
+        return spill.load(self.spills, self.size, self.threshold)[0]
 
 
 class SampleCoder(coders.Coder):
@@ -153,7 +153,7 @@ class ReservoirFn(beam.CombineFn):
     def compact(self, accumulator: Sample) -> Sample:
         if accumulator.rows <= 2 * self._size:
             return accumulator
-        priorities = [part.priorities() for part in accumulator.spills]
+        priorities = [part.order()[0] for part in accumulator.spills]
         threshold = spill.smallest(priorities, self._size, accumulator.threshold)
         kept = (part for part, own in zip(accumulator.spills, priorities, strict=True) if own.min() <= threshold)
         return Sample(self._size, tuple(kept), threshold)
@@ -175,7 +175,7 @@ class _Spiller:
 
     def add(self, block: VectorBlock) -> None:
         keep = self._cut.keep(block.priorities)
-        self._writer.append(block.priorities[keep], block.vectors[keep])
+        self._writer.append(block.priorities[keep], block.vectors[keep], block.positions[keep])
 
     def close(self) -> tuple[Spill, ...]:
         written = self._writer.close()

@@ -26,7 +26,9 @@ _READ_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Spill:
-    """A pair of files: `path`.vectors holds `rows` x `columns` values of `dtype`, `path`.priorities as many uint64."""
+    """A pair of files: `path`.vectors holds `rows` x `columns` values of `dtype`; `path`.order as many uint64
+    priorities, and after them as many float32 positions.
+    """
 
     path: str
     rows: int
@@ -37,9 +39,10 @@ class Spill:
     def row_bytes(self) -> int:
         return self.columns * np.dtype(self.dtype).itemsize
 
-    def priorities(self) -> np.ndarray:
-        """(rows,) uint64."""
-        return np.frombuffer(read_whole(self.path + ".priorities"), "<u8", self.rows)
+    def order(self) -> tuple[np.ndarray, np.ndarray]:
+        """(rows,) uint64 priorities and (rows,) float32 positions; see `VectorBlock`."""
+        data = read_whole(self.path + ".order")
+        return np.frombuffer(data, "<u8", self.rows), np.frombuffer(data, "<f4", self.rows, 8 * self.rows)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The vectors in order, as (n, columns) matrices of about 4 MB."""
@@ -58,12 +61,13 @@ class SpillWriter:
         self._path = f"{folder.rstrip('/')}/{uuid.uuid4().hex}"
         self._file: BinaryIO | None = None
         self._priorities: list[np.ndarray] = []
+        self._positions: list[np.ndarray] = []
         self._rows = 0
         self._columns = 0
         self._dtype = ""
 
-    def append(self, priorities: np.ndarray, vectors: np.ndarray) -> None:
-        """Adds (n,) uint64 priorities and their (n, columns) vectors.
+    def append(self, priorities: np.ndarray, vectors: np.ndarray, positions: np.ndarray) -> None:
+        """Adds (n,) uint64 priorities, their (n, columns) vectors and their (n,) positions.
 
         Raises:
           TrainingError: the folder has been removed.
@@ -83,6 +87,7 @@ class SpillWriter:
             )
         self._file.write(np.ascontiguousarray(vectors).data)
         self._priorities.append(np.array(priorities, "<u8"))
+        self._positions.append(np.array(positions, "<f4"))
         self._rows += len(priorities)
 
     def close(self) -> Spill | None:
@@ -90,8 +95,9 @@ class SpillWriter:
         if self._file is None:
             return None
         self._file.close()
-        with open_file(self._path + ".priorities", "wb") as file:
+        with open_file(self._path + ".order", "wb") as file:
             file.write(np.concatenate(self._priorities).data)
+            file.write(np.concatenate(self._positions).data)
         return Spill(self._path, self._rows, self._columns, self._dtype)
 
 
@@ -105,23 +111,26 @@ def smallest(priorities: Sequence[np.ndarray], size: int, below: int = 2**64 - 1
     return int(np.partition(together, size - 1)[size - 1])
 
 
-def load(spills: Sequence[Spill], size: int, below: int = 2**64 - 1) -> np.ndarray:
+def load(spills: Sequence[Spill], size: int, below: int = 2**64 - 1) -> tuple[np.ndarray, np.ndarray]:
     """The sample itself: the vectors with the `size` smallest priorities, in the order of their priorities.
 
     One array is allocated and filled in place. Rows of equal priority are ordered by their bytes, so the result does
     not depend on which file holds a row: rows that are equal in both are interchangeable.
 
     Returns:
-      (min(size, rows), columns) array of the spills' dtype.
+      (min(size, rows), columns) array of the spills' dtype, and the (min(size, rows),) float32 positions of its rows.
     """
     if not spills:
         raise ValueError("no spill files")
-    everything = [spill.priorities() for spill in spills]
-    below = smallest(everything, size, below)
-    chosen = [np.flatnonzero(each <= np.uint64(below)) for each in everything]
-    priorities = np.concatenate([each[rows] for each, rows in zip(everything, chosen, strict=True)])
+    everything = [spill.order() for spill in spills]
+    below = smallest([priorities for priorities, _ in everything], size, below)
+    chosen = [np.flatnonzero(each <= np.uint64(below)) for each, _ in everything]
+    priorities, positions = (
+        np.concatenate([each[at][rows] for each, rows in zip(everything, chosen, strict=True)]) for at in (0, 1)
+    )
     del everything
     order = np.argsort(priorities, kind="stable")
+    positions = positions[order]
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     vectors = np.empty((len(order), spills[0].columns), spills[0].dtype)
@@ -134,15 +143,16 @@ def load(spills: Sequence[Spill], size: int, below: int = 2**64 - 1) -> np.ndarr
             first, last = np.searchsorted(rows, (start, start + len(block)))
             vectors[targets[first:last]] = block[rows[first:last] - start]
             start += len(block)
-    _order_ties(priorities[order], vectors)
-    return vectors[:size]
+    _order_ties(priorities[order], vectors, positions)
+    return vectors[:size], positions[:size]
 
 
-def _order_ties(priorities: np.ndarray, vectors: np.ndarray) -> None:
+def _order_ties(priorities: np.ndarray, vectors: np.ndarray, positions: np.ndarray) -> None:
     same = np.flatnonzero(priorities[1:] == priorities[:-1])
     for first in same:
         if first and priorities[first - 1] == priorities[first]:
             continue  # inside a group that was ordered from its first row
         last = int(np.searchsorted(priorities, priorities[first], "right"))
-        group = vectors[first:last]
-        group[:] = group[sorted(range(len(group)), key=lambda row: group[row].tobytes())]
+        group, places = vectors[first:last], positions[first:last]
+        ranks = sorted(range(len(group)), key=lambda row: (group[row].tobytes(), places[row]))
+        group[:], places[:] = group[ranks], places[ranks]

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from apache_beam import coders
 
-#: Largest number of bytes in one block, priorities included.
+#: Largest number of bytes in one block, priorities and positions included.
 MAX_BLOCK_BYTES = 4_000_000
 
 #: What the plugin's `data_type` is in numpy: binary vectors travel packed, 8 dimensions a byte.
@@ -23,7 +23,9 @@ NUMPY_TYPES: dict[str, np.dtype] = {"float": np.dtype("<f4"), "byte": np.dtype("
 
 _WIRE_TYPES = tuple(NUMPY_TYPES.values())
 _HEADER = struct.Struct("<BBIQ")  # version, index into _WIRE_TYPES, columns, rows
-_VERSION = 1
+_VERSION = 2
+# Of a row, beside its vector: the priority and the position.
+_ROW_BYTES = 12
 
 
 def columns(dimension: int, data_type: str) -> int:
@@ -32,25 +34,32 @@ def columns(dimension: int, data_type: str) -> int:
 
 
 def block_rows(row_bytes: int) -> int:
-    """Rows of `row_bytes` bytes that fit a block beside their 8-byte priorities; at least one."""
-    return max(1, MAX_BLOCK_BYTES // (row_bytes + 8))
+    """Rows of `row_bytes` bytes that fit a block beside their priorities and positions; at least one."""
+    return max(1, MAX_BLOCK_BYTES // (row_bytes + _ROW_BYTES))
 
 
 @dataclass(frozen=True, eq=False)
 class VectorBlock:
-    """Vectors with the priorities that decide whether they are sampled.
+    """Vectors with the priorities that decide whether they are sampled, and where they are in their source.
 
     Attributes:
       priorities: (n,) uint64. The sample is made of the smallest priorities.
       vectors: (n, columns) float32, int8 or (binary vectors, packed) uint8.
+      positions: (n,) float32 from 0 to 1, the share of the source that comes before each vector in the source's own
+        order: rows of files, or the order in which an index was written.
     """
 
     priorities: np.ndarray
     vectors: np.ndarray
+    positions: np.ndarray
 
     def __post_init__(self) -> None:
-        if self.priorities.shape != self.vectors.shape[:1] or self.vectors.ndim != 2:
-            raise ValueError(f"block of {self.priorities.shape} priorities and {self.vectors.shape} vectors")
+        rows = self.vectors.shape[:1]
+        if self.priorities.shape != rows or self.positions.shape != rows or self.vectors.ndim != 2:
+            raise ValueError(
+                f"block of {self.priorities.shape} priorities, {self.vectors.shape} vectors and "
+                f"{self.positions.shape} positions"
+            )
 
     def __len__(self) -> int:
         return len(self.priorities)
@@ -61,6 +70,7 @@ class VectorBlock:
             and self.vectors.dtype == other.vectors.dtype
             and np.array_equal(self.priorities, other.priorities)
             and np.array_equal(self.vectors, other.vectors)
+            and np.array_equal(self.positions, other.positions)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -73,19 +83,22 @@ class VectorBlockCoder(coders.Coder):
         vectors = np.ascontiguousarray(block.vectors)
         rows, cols = vectors.shape
         header = _HEADER.pack(_VERSION, _WIRE_TYPES.index(vectors.dtype), cols, rows)
-        return b"".join((header, np.ascontiguousarray(block.priorities, "<u8").data, vectors.data))
+        priorities = np.ascontiguousarray(block.priorities, "<u8")
+        positions = np.ascontiguousarray(block.positions, "<f4")
+        return b"".join((header, priorities.data, positions.data, vectors.data))
 
     def decode(self, encoded: bytes) -> VectorBlock:
         version, kind, cols, rows = _HEADER.unpack_from(encoded)
         if version != _VERSION:
             raise ValueError(f"VectorBlock version {version}, expected {_VERSION}")
         priorities = np.frombuffer(encoded, "<u8", rows, _HEADER.size)
-        vectors = np.frombuffer(encoded, _WIRE_TYPES[kind], rows * cols, _HEADER.size + 8 * rows)
-        return VectorBlock(priorities, vectors.reshape(rows, cols))
+        positions = np.frombuffer(encoded, "<f4", rows, _HEADER.size + 8 * rows)
+        vectors = np.frombuffer(encoded, _WIRE_TYPES[kind], rows * cols, _HEADER.size + _ROW_BYTES * rows)
+        return VectorBlock(priorities, vectors.reshape(rows, cols), positions)
 
     def estimate_size(self, block: VectorBlock) -> int:
         # Without this Beam encodes every block again only to learn its size.
-        return _HEADER.size + block.priorities.nbytes + block.vectors.nbytes
+        return _HEADER.size + _ROW_BYTES * len(block) + block.vectors.nbytes
 
     def is_deterministic(self) -> bool:
         return True
@@ -140,6 +153,6 @@ class VectorSource(Protocol[S]):
     def read(self, part: S, keep: float, reject: Callable[[RejectedVector], None]) -> Iterator[VectorBlock]:
         """Blocks of the vectors in `part` whose priority is below `keep` * 2**64 (all of them when `keep` is 1).
 
-        Priorities do not depend on `keep` or on how the source was sliced. `reject` is called for each bad vector and
-        may raise to end the run.
+        Priorities and positions do not depend on `keep` or on how the source was sliced. `reject` is called for each
+        bad vector and may raise to end the run.
         """

@@ -17,6 +17,7 @@ from tests.opensearch.support import (
     knn_vector,
     put,
     read,
+    refuse,
     same_rows,
     source,
     vectors,
@@ -402,3 +403,32 @@ def test_default_slices_grow_with_the_index(many):
         plan = make_plan(session, "many", "vec", 8, "float", "", "auto", 0)
     assert len(plan.slices) == 3
     assert {part.shard for part in plan.slices} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("slices", [0, 7])
+def test_positions_follow_the_order_of_writing(opensearch, slices):
+    """A quarter of the source in one index, the rest in three shards of the next, and some of it written later."""
+    numbered = np.arange(2_000, dtype=np.float32)[:, None] * np.ones((1, 4), np.float32)
+    fill(opensearch, "order-1", numbered[:500])
+    fill(opensearch, "order-2", numbered[500:], shards=3)
+    source_ = source(opensearch, "order-*", 4, slices_wanted=slices)
+    for keep in (1.0, 0.5):
+        blocks = [block for part in source_.slices() for block in source_.read(part, keep, refuse)]
+        positions = np.concatenate([block.positions for block in blocks])
+        written = np.concatenate([block.vectors for block in blocks])[:, 0] / 2_000
+        assert positions.dtype == np.float32
+        assert positions.min() >= 0
+        assert positions.max() < 1
+        # Documents fall to shards by chance, so each shard is its own measure of time: off by some 1 / sqrt(500).
+        assert np.abs(positions - written).max() < 0.06
+        assert np.array_equal(positions < 0.25, written < 0.25)
+
+
+def test_positions_of_nested_objects_are_their_documents(opensearch):
+    create(opensearch, "nested-order", {"parts": {"type": "nested", "properties": {"vec": knn_vector(2)}}})
+    put(opensearch, "nested-order", [{"parts": [{"vec": [n, 0]}, {"vec": [n, 1]}]} for n in range(8)])
+    source_ = source(opensearch, "nested-order", 2, field="parts.vec")
+    (block,) = [block for part in source_.slices() for block in source_.read(part, 1.0, refuse)]
+    assert dict(zip(map(tuple, block.vectors), block.positions, strict=True)) == {
+        (n, at): n / 8 for n in range(8) for at in (0, 1)
+    }

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 from urllib.parse import quote
 
@@ -46,6 +46,8 @@ class Slice:
       documents_without_vector: counted on planning, in the first slice for the whole source, else 0.
       objects: vectors in a document on average; more than 1 only where the field is nested.
       nodes: ids of the nodes that hold a copy of the shard; empty where that may not be known.
+      begin, step: `begin` + n * `step` is the share of the source that comes before `_seq_no` n. Indices follow one
+        another by name, the shards of one are side by side.
     """
 
     index: str
@@ -59,6 +61,12 @@ class Slice:
     documents_without_vector: int = 0
     objects: float = 1.0
     nodes: tuple[str, ...] = ()
+    begin: float = 0.0
+    step: float = 0.0
+
+    def positions(self, seq_nos: np.ndarray) -> np.ndarray:
+        """(n,) float32 positions of (n,) `_seq_no`s in the source; see `VectorBlock`."""
+        return (self.begin + self.step * seq_nos).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -298,12 +306,18 @@ def _split(shards: Sequence[_Shard], readers: dict[str, Reader], without: int, s
             parts[at] += 1
             missing -= 1
             heapq.heappush(heap, (-documents / parts[at], at))
+    held: dict[str, int] = {}
+    for shard in shards:
+        held[shard.index] = held.get(shard.index, 0) + shard.documents
+    before = dict(zip(held, accumulate(held.values(), initial=0), strict=False))
     result: list[Slice] = []
     for shard, count in zip(shards, parts, strict=True):
         span = shard.last - shard.first + 1
         edges = [shard.first + span * part // count for part in range(count + 1)]
         reader = readers[shard.index].name
         documents = math.ceil(shard.documents / count)
+        step = held[shard.index] / total / span
+        begin = before[shard.index] / total - step * shard.first
         for first, end in pairwise(edges):
             counted = without if not result else 0
             result.append(
@@ -319,6 +333,8 @@ def _split(shards: Sequence[_Shard], readers: dict[str, Reader], without: int, s
                     counted,
                     shard.vectors / shard.documents,
                     shard.nodes,
+                    begin,
+                    step,
                 )
             )
     return result

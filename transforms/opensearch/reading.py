@@ -18,6 +18,7 @@ from apache_beam.metrics import Metrics
 
 from transforms.errors import RequestError
 from transforms.opensearch.connection import OpenSearchConnection
+from transforms.opensearch.decoding import ORDINALS
 from transforms.opensearch.pages import READERS, Draw
 from transforms.opensearch.planning import Plan, Slice, make_plan
 from transforms.opensearch.session import LAUNCHER_ATTEMPTS, POOL_SIZE, RequestStats, ServerError, Session
@@ -103,7 +104,8 @@ class OpenSearchVectors:
                         reject(RejectedVector(part.index, f"shard {part.shard}, _seq_no {row}", reason))
                     priorities = draw.priorities(page, part.index, part.shard, nested)
                     wanted = draw.wanted(priorities)
-                    yield from _blocks(priorities[wanted], page.vectors[wanted])
+                    positions = part.positions(page.rows // ORDINALS if nested else page.rows)
+                    yield from _blocks(priorities[wanted], page.vectors[wanted], positions[wanted])
             except ServerError as error:
                 raise session.explain(error) from None
             finally:
@@ -214,9 +216,10 @@ class _ReadMetrics:
             self._request_msec.update(msec)
 
 
-def _blocks(priorities: np.ndarray, vectors: np.ndarray) -> Iterator[VectorBlock]:
+def _blocks(priorities: np.ndarray, vectors: np.ndarray, positions: np.ndarray) -> Iterator[VectorBlock]:
     if not len(priorities):
         return
     rows = block_rows(vectors.shape[1] * vectors.itemsize)
     for start in range(0, len(priorities), rows):
-        yield VectorBlock(priorities[start : start + rows], vectors[start : start + rows])
+        part = slice(start, start + rows)
+        yield VectorBlock(priorities[part], vectors[part], positions[part])
