@@ -180,6 +180,8 @@ def _quality_rows(quality: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if "previous" in quality:
         old = quality["previous"]
         rows.append(("error", f"{old['error_of_new']:.5g}, that of {old['model_id']} {old['error']:.5g}"))
+        shares = ", ".join(f"{share:.3f} @{k}" for k, share in old["expected"].items())
+        rows.append((f"recall of {old['model_id']}", shares))
     return rows
 
 

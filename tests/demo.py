@@ -20,14 +20,16 @@ SIDE = 8
 TRAINING, QUERIES, FILES = 200_000, 1_000, 4
 
 
-def image_patches() -> np.ndarray:
-    """(201 000, 192) float32: overlapping 8 x 8 x 3 patches of the two photographs inside scikit-learn, shuffled."""
+def image_patches(queries: int = QUERIES) -> np.ndarray:
+    """(200 000 + queries, 192) float32: overlapping 8 x 8 x 3 patches of the two photographs inside scikit-learn,
+    shuffled.
+    """
     from sklearn.datasets import load_sample_images
     from sklearn.feature_extraction.image import extract_patches_2d
 
     patches = [extract_patches_2d(image, (SIDE, SIDE)) for image in load_sample_images().images]
     vectors = np.concatenate([part.reshape(len(part), -1) for part in patches])
-    chosen = np.random.default_rng(7).permutation(len(vectors))[: TRAINING + QUERIES]
+    chosen = np.random.default_rng(7).permutation(len(vectors))[: TRAINING + queries]
     return vectors[chosen].astype(np.float32)
 
 

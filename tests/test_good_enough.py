@@ -207,7 +207,14 @@ def test_vectors_that_have_changed_get_a_new_model(
     assert compared["error_of_new"] < 0.95 * compared["error"]
     assert compared["error_of_new"] == pytest.approx(new["quality"]["error"]["held_out"]["total"], rel=0.02)
     assert compared["error_then"] == old["quality"]["error"]["held_out"]["total"] < compared["error"]
-    assert f"{compared['error_of_new']:.5g}, that of old {compared['error']:.5g}" in capsys.readouterr().out
+    assert compared["nprobes"] == old["quality"]["at"]["nprobes"]
+    assert compared["expected"]["10"] < new["quality"]["at"]["expected"]["10"]
+    printed = capsys.readouterr().out
+    assert f"{compared['error_of_new']:.5g}, that of old {compared['error']:.5g}" in printed
+    assert re.search(rf"^recall of old +{compared['expected']['10']:.3f} @10, ", printed, re.MULTILINE)
+    assert f"old has {compared['error']:.5g} and {compared['expected']['10']:.2f} (nprobes 1)" in (
+        (work / "models" / "new" / "report.html").read_text()
+    )
 
 
 def test_a_new_model_that_is_no_better_is_not_kept(work: Path, export: str, capsys: pytest.CaptureFixture[str]) -> None:

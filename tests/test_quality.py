@@ -81,6 +81,14 @@ def test_every_kind_of_model_is_measured(wanted: TrainingRequest, vectors: np.nd
         assert shares[-1] >= shares[0]
 
 
+@pytest.mark.parametrize(("wanted", "vectors"), KINDS.values(), ids=KINDS)
+def test_a_model_compared_with_itself_has_its_own_recall(wanted: TrainingRequest, vectors: np.ndarray) -> None:
+    blob = faiss_training.train(vectors[:TRAINED].copy(), wanted, 2)
+    quality = evaluate(blob, wanted, vectors.copy(), TRAINED, 12_000, threads=2, previous=blob)
+    own = {name: value for name, value in quality["at"].items() if name not in ("standard_error", "graph")}
+    assert quality["previous"] == own
+
+
 def test_recall_and_errors_are_those_that_faiss_gives() -> None:
     wanted = request(encoder=PQ)
     blob = faiss_training.train(FLOATS[:TRAINED].copy(), wanted, 2)

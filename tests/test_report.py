@@ -17,6 +17,7 @@ from transforms.svg import Chart, number
 
 D = 8
 VECTORS = np.random.default_rng(2).standard_normal((6_000, D)).astype(np.float32)
+ERRORS = ["Quantisation error", "Error by sub-quantizer"]
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
 
@@ -69,9 +70,9 @@ class Page(HTMLParser):
 @pytest.mark.parametrize(
     ("method", "encoder", "charts"),
     [
-        ("ivf", True, ["Recall", "Quantisation error", "Error by sub-quantizer", "List sizes", "k-means", "Lengths"]),
-        ("ivf", False, ["Recall", "Quantisation error", "List sizes", "k-means", "Lengths"]),
-        ("hnsw", True, ["Quantisation error", "Error by sub-quantizer", "Lengths"]),
+        ("ivf", True, ["Recall", *ERRORS, "List sizes", "k-means", "Lengths"]),
+        ("ivf", False, ["Recall", ERRORS[0], "List sizes", "k-means", "Lengths"]),
+        ("hnsw", True, [*ERRORS, "Lengths"]),
     ],
 )
 def test_page_has_the_charts_of_its_kind_of_model(method: str, encoder: bool, charts: list[str]) -> None:
@@ -133,8 +134,11 @@ def test_page_of_a_failed_model_says_why() -> None:
 
 def test_page_compares_with_the_model_before() -> None:
     description = model()
-    description["quality"]["previous"] = {"model_id": "old", "error": 2.0, "error_then": None, "error_of_new": 1.5}
-    assert "Error 1.5; old has 2 on the same vectors." in "".join(Page(report.html(description)).text)
+    old = {"model_id": "old", "error": 2.0, "error_then": None, "error_of_new": 1.5, "nprobes": 4}
+    description["quality"]["previous"] = {**old, "expected": {"10": 0.345, "100": 0.4}}
+    recall = description["quality"]["at"]["expected"]["10"]
+    said = f"Error 1.5, recall@10 to expect {recall:.2f}; on the same vectors old has 2 and 0.34 (nprobes 4)."
+    assert said in "".join(Page(report.html(description)).text)
 
 
 @pytest.mark.parametrize(

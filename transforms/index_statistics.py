@@ -20,25 +20,33 @@ def errors(index: faiss.Index, base: np.ndarray, rows: range) -> dict[str, Any]:
 
     Returns:
       `coarse`, to the centroid (IVF only); `total`, to the code; `each`, (m,) shares of `total` by sub-quantizer (PQ
-      only).
+      only); `rows`, (rows,) float32 for each row: what makes up `total` for a PQ, else `coarse`.
     """
     vectors = np.ascontiguousarray(base[rows.start : rows.stop], np.float32)
     found: dict[str, Any] = {}
     if isinstance(index, faiss.IndexIVF):
         lists = faiss.vector_to_array(index.direct_map.array)[rows.start : rows.stop] >> 32
-        found["coarse"] = squared(vectors, index.quantizer.reconstruct_batch(lists))
+        found["rows"] = _distances(vectors, index.quantizer.reconstruct_batch(lists))
+        found["coarse"] = float(found["rows"].mean(dtype=np.float64))
     codec = index if isinstance(index, faiss.IndexIVF) else faiss.downcast_index(index.storage)
     rebuilt = codec.reconstruct_n(rows.start, len(rows))
     found["total"] = squared(vectors, rebuilt)
     pq = getattr(codec, "pq", None)
     if pq is not None:
+        found["rows"] = _distances(vectors, rebuilt)
         found["each"] = ((vectors - rebuilt) ** 2).mean(axis=0, dtype=np.float64).reshape(pq.M, pq.dsub).sum(axis=1)
     return found
 
 
 def squared(one: np.ndarray, two: np.ndarray) -> float:
     """Mean squared distance of the rows of two matrices."""
-    return float(((one - two) ** 2).sum(axis=1, dtype=np.float64).mean())
+    return float(_distances(one, two).mean(dtype=np.float64))
+
+
+def _distances(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """(n,) float32 squared distances of the rows of two matrices."""
+    distances: np.ndarray = ((one - two) ** 2).sum(axis=1)
+    return distances
 
 
 def subquantizers(index: faiss.Index, errors: Mapping[str, np.ndarray | None]) -> list[dict[str, Any]]:
@@ -74,12 +82,13 @@ def _codes(index: faiss.IndexIVFPQ | faiss.IndexPQ) -> np.ndarray:
     return packed if index.pq.nbits == 8 else faiss.unpack_bitstrings(packed, index.pq.M, index.pq.nbits)
 
 
-def lists(sizes: np.ndarray) -> dict[str, Any]:
-    """How even the inverted lists are, from their sizes with the base added.
+def lists(index: faiss.IndexIVF | faiss.IndexBinaryIVF) -> dict[str, Any]:
+    """How even the inverted lists of an index with vectors in it are.
 
     `imbalance_factor` is faiss's, nlist * sum of squared shares: how many times longer a search takes than with lists
     of one size. With few vectors a list chance alone makes it larger, by nlist / n, which is taken off here.
     """
+    sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
     total = int(sizes.sum())
     pairs = float((sizes.astype(np.float64) * (sizes - 1)).sum())
     ordered = np.sort(sizes)[::-1]
@@ -98,11 +107,16 @@ def norms(parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for name, rows in parts.items():
         if len(rows):
-            matrix = rows.astype(np.float64)
-            lengths = np.sqrt(np.einsum("ij,ij->i", matrix, matrix))
+            lengths = lengths_of(rows)
             told[name] = {
                 "mean": float(lengths.mean()),
                 "deviation": float(lengths.std()),
                 "quantiles": [float(value) for value in np.quantile(lengths, np.linspace(0, 1, 21))],
             }
     return told
+
+
+def lengths_of(rows: np.ndarray) -> np.ndarray:
+    """(n,) float64 Euclidean lengths of the rows of a matrix of any numeric type."""
+    matrix = rows.astype(np.float64)
+    return np.sqrt(np.einsum("ij,ij->i", matrix, matrix))

@@ -7,7 +7,6 @@ returns what `model.json` holds as `quality`.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,12 +14,13 @@ from typing import Any
 import faiss
 import numpy as np
 
-from transforms import faiss_training, index_statistics, quantization
+from transforms import faiss_training, index_statistics
 from transforms.codebooks import read_index
-from transforms.held_out import Split, exact, found, split_sample
+from transforms.held_out import Split, exact, split_sample
 from transforms.memory import index_memory
-from transforms.recall import CURVE, DEPTHS, Neighbours, expected
+from transforms.recall import DEPTHS
 from transforms.request import TrainingRequest
+from transforms.searching import by_nprobes, of_another, packed, searcher, share_of_the_graph
 
 #: Vectors to hold out by default; a tenth more are held out as queries.
 EVAL_VECTORS = 10_000
@@ -28,16 +28,12 @@ EVAL_VECTORS = 10_000
 #: Vectors, trained on or held out, without which there is nothing to measure: a query and its 10 neighbours.
 FEWEST_VECTORS = DEPTHS[0] + 1
 
-# Vectors to build a graph of: that is the slowest part.
-_GRAPH_ROWS = 10_000
 # Vectors to train on as they were read, to see what normalising them gains.
 _RAW_ROWS, _FEW_LISTS = 10_000, 16
 # Vectors to measure errors on, of those trained on and of those held out.
 _ERROR_ROWS = 10_000
 # A training set whose error is so much smaller than that of other vectors does not stand for them in the base.
 _OVERFIT = 1.2
-# No more lists than this are probed unless asked for, nor more once recall@100 does not grow.
-_MOST_PROBES, _NO_GAIN = 256, 0.002
 
 
 def hold_out(eval_vectors: int) -> int:
@@ -55,6 +51,7 @@ def evaluate(
     threads: int = 0,
     history: Sequence[Mapping[str, float]] = (),
     nprobes: Sequence[int] = (),
+    previous: bytes | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Tries a model on vectors.
@@ -70,6 +67,7 @@ def evaluate(
       threads: OpenMP threads; 0 for as many as there were before.
       history: of k-means, from `faiss_training.train`.
       nprobes: values to measure beside the powers of two and the request's own.
+      previous: the blob of another model of the same space type, data type and encoder, to be searched too.
 
     Returns:
       A mapping that JSON can hold; shares are between 0 and 1, sizes in bytes:
@@ -81,6 +79,7 @@ def evaluate(
       how even they are. `subquantizers`: error and unused codewords of each. `norms`: of the vectors as read.
       `normalisation` (cosinesimil, where lengths differ): `gain`, how many times larger the error of unit vectors is
       with small codebooks trained on vectors as they were read, as the cluster's `_train` does, than on unit vectors.
+      `previous`: the entry of `recall` for the other model with its own nprobes or ef_search.
       `memory`: of an index of the source. `history`: of k-means.
     """
     start = time.monotonic()
@@ -94,24 +93,26 @@ def evaluate(
     split = split_sample(vectors, trained, len(vectors) >= corpus)
     progress("evaluate", 0, 3)
     told: dict[str, Any] = {"vectors": split.counts(corpus)}
-    sizes: np.ndarray | None
+    index = read_index(blob)
+    subquantizers: list[dict[str, Any]] = []
     if request.is_binary:
-        search, told["error"], sizes = _binary(blob, request, split)
-        subquantizers: list[dict[str, Any]] = []
+        queries, base = packed(split, request)
+        told["error"], _ = _binary_errors(index, base, split)
     else:
-        index = read_index(blob)
-        told["error"], subquantizers, split = _float_errors(index, request, split)
+        told["error"], _, subquantizers, split = _float_errors(index, split)
         told["vectors"] = split.counts(corpus)
-        search, sizes = _searcher(index, request, split)
+        queries = np.ascontiguousarray(split.queries, np.float32)
+    search = searcher(index, split, queries)
     progress("evaluate", 1, 3)
     true = exact(split, request)
     progress("evaluate", 2, 3)
     wanted = sorted({*nprobes, *([request.nprobes] if request.nprobes else [])})
-    told |= _recall(search, true, split, request, corpus, wanted)
-    if request.ef_search is not None:
-        _through_the_graph(told, blob, split)
-    if sizes is not None:
-        told["lists"] = index_statistics.lists(sizes)
+    graph = None if request.ef_search is None else share_of_the_graph(blob, split)
+    told |= by_nprobes(search, true, request, corpus, wanted, graph)
+    if previous is not None:
+        told["previous"] = of_another(previous, true, split, request, corpus)
+    if request.nlist is not None:
+        told["lists"] = index_statistics.lists(index)
     if subquantizers:
         told["subquantizers"] = subquantizers
     if norms:
@@ -134,8 +135,8 @@ def quantization_error(blob: bytes, request: TrainingRequest, vectors: np.ndarra
     """
     index = read_index(blob)
     if isinstance(index, faiss.IndexBinary):
-        packed = faiss_training.codes(vectors[:_ERROR_ROWS].copy(), request)
-        return float(index.quantizer.search(packed, 1)[0].mean()) / index.d
+        codes = faiss_training.codes(vectors[:_ERROR_ROWS].copy(), request)
+        return float(index.quantizer.search(codes, 1)[0].mean()) / index.d
     matrix = faiss_training.prepare(vectors[:_ERROR_ROWS].copy(), request)
     if not isinstance(index, faiss.IndexIVF) or isinstance(index, faiss.IndexIVFPQ):
         codec = index if isinstance(index, faiss.IndexIVF) else faiss.downcast_index(index.storage)
@@ -144,103 +145,22 @@ def quantization_error(blob: bytes, request: TrainingRequest, vectors: np.ndarra
     return index_statistics.squared(matrix, index.quantizer.reconstruct_batch(nearest))
 
 
-# --- searching -----------------------------------------------------------------------------------------------------
-
-# Finds (queries, depth) ids with so many lists probed; None searches all codes.
-_Search = Callable[[int | None], np.ndarray]
-
-
-def _searcher(index: faiss.Index, request: TrainingRequest, split: Split) -> tuple[_Search, np.ndarray | None]:
-    queries = np.ascontiguousarray(split.queries, np.float32)
-    if not isinstance(index, faiss.IndexIVF):
-        codes = faiss.downcast_index(index.storage)
-        return lambda nprobes: found(codes, split, queries), None
-    if isinstance(index, faiss.IndexIVFPQ) and index.metric_type == faiss.METRIC_L2:
-        table = 4 * index.nlist * index.pq.M * index.pq.ksub
-        if table <= max(64_000_000, 4 * 65_536 * index.d):  # training needed as much
-            index.use_precomputed_table = 0
-            index.precompute_table()
-
-    def search(nprobes: int | None) -> np.ndarray:
-        index.nprobe = nprobes or index.nlist
-        return found(index, split, queries)
-
-    return search, _sizes(index)
-
-
-def _sizes(index: faiss.IndexIVF | faiss.IndexBinaryIVF) -> np.ndarray:
-    return np.array([index.invlists.list_size(number) for number in range(index.nlist)])
-
-
-def _recall(
-    search: _Search, true: Neighbours, split: Split, request: TrainingRequest, corpus: int, wanted: Sequence[int]
-) -> dict[str, Any]:
-    deepest = true.ids.shape[1]
-    depths = [k for k in DEPTHS if k <= deepest]
-    growth = corpus / true.rows
-    rows: list[dict[str, Any]] = []
-    errors: dict[int | None, dict[str, float]] = {}
-    for probes in _grid(request.nlist, wanted):
-        distances = true.distances_of(search(probes))
-        each = {k: true.recall(distances, k) for k in CURVE if k <= deepest}
-        curve = {k: float(shares.mean()) for k, shares in each.items()}
-        row: dict[str, Any] = {} if probes is None else {"nprobes": probes}
-        row["measured"] = {str(k): curve[k] for k in depths}
-        row["expected"] = {str(k): expected(curve, k, growth, len(distances)) for k in depths}
-        few = max(1, round(10 / growth))
-        if 10 * few <= deepest:
-            row["rescored"] = float(true.recall(distances, few, among=10 * few).mean())
-        # The error of the estimate is that of the depth that it was read off.
-        read_off = {k: min(curve, key=lambda depth: abs(depth - k / growth)) for k in depths}
-        errors[probes] = {str(k): float(each[at].std() / math.sqrt(len(distances))) for k, at in read_off.items()}
-        before = rows[-1]["expected"] if rows else dict.fromkeys(row["expected"], 0.0)
-        gain = max(row["expected"][name] - before[name] for name in before)
-        rows.append(row)
-        if probes is None or (gain < _NO_GAIN and min(row["expected"].values()) > 0.1 and probes >= max(wanted)):
-            break
-    own = next((row for row in rows if row.get("nprobes") == request.nprobes), rows[-1])
-    at = {**own, "standard_error": errors[own.get("nprobes")]}
-    if request.ef_search is not None:
-        at["ef_search"] = request.ef_search
-    return {"recall": rows, "at": at}
-
-
-def _through_the_graph(told: dict[str, Any], blob: bytes, split: Split) -> None:
-    """Takes from the recall of HNSW's codes what its graph does not find of it with the blob's efSearch."""
-    index = read_index(blob)
-    index.add(np.ascontiguousarray(split.base[-_GRAPH_ROWS:], np.float32))
-    queries = np.ascontiguousarray(split.queries, np.float32)
-    by_graph, by_codes = (each.search(queries, 10)[1] for each in (index, faiss.downcast_index(index.storage)))
-    share = float((by_graph[:, :, None] == by_codes[:, None, :]).any(axis=2).mean())
-    told["at"]["graph"] = share
-    for row in (told["at"], *told["recall"]):
-        for kind in ("measured", "expected"):
-            row[kind] = {k: value * share for k, value in row[kind].items()}
-
-
-def _grid(nlist: int | None, wanted: Sequence[int]) -> list[int | None]:
-    """Powers of two, the values asked for, and all lists where there are few; [None] for an index without lists."""
-    if nlist is None:
-        return [None]
-    powers = [2**power for power in range(_MOST_PROBES.bit_length()) if 2**power < nlist]
-    if nlist <= _MOST_PROBES:
-        powers.append(nlist)
-    return sorted({*powers, *(min(value, nlist) for value in wanted)})
-
-
 # --- the index with the base in it ---------------------------------------------------------------------------------
 
 
 def _float_errors(
-    index: faiss.Index, request: TrainingRequest, split: Split
-) -> tuple[dict[str, Any], list[dict[str, Any]], Split]:
-    """Adds the base to `index`; the errors of its rows, those of each sub-quantizer, and the split that was used."""
+    index: faiss.Index, split: Split
+) -> tuple[dict[str, Any], dict[str, np.ndarray], list[dict[str, Any]], Split]:
+    """Adds the base to `index`; the mean errors of its rows, those of each row, those of each sub-quantizer, and the
+    split that was used.
+    """
     index.add(np.ascontiguousarray(split.base, np.float32))
     first = split.base_trained
     parts = {"training": range(0, min(first, _ERROR_ROWS)), "held_out": range(first, len(split.base))}
     parts = {name: rows[:_ERROR_ROWS] for name, rows in parts.items() if len(rows)}
     errors: dict[str, Any] = {name: index_statistics.errors(index, split.base, rows) for name, rows in parts.items()}
     each = {name: error.pop("each", None) for name, error in errors.items()}
+    each_row = {name: error.pop("rows") for name, error in errors.items()}
     overfit = _overfit(errors)
     everything = len(split.base) + (0 if split.own else len(split.queries)) >= len(split.vectors)
     if overfit > _OVERFIT and not split.own and not everything and len(parts["held_out"]) >= DEPTHS[-1]:
@@ -250,7 +170,7 @@ def _float_errors(
     shown = np.ascontiguousarray(split.base[:_ERROR_ROWS], np.float32)
     errors["variance"] = float(shown.var(axis=0, dtype=np.float64).sum())
     subquantizers = index_statistics.subquantizers(index, each)
-    return errors, subquantizers, split
+    return errors, each_row, subquantizers, split
 
 
 def _overfit(errors: Mapping[str, Mapping[str, float]]) -> float:
@@ -262,27 +182,15 @@ def _overfit(errors: Mapping[str, Mapping[str, float]]) -> float:
     return errors["held_out"][name] / before if before else 1.0
 
 
-def _binary(blob: bytes, request: TrainingRequest, split: Split) -> tuple[_Search, dict[str, Any], np.ndarray]:
-    index = read_index(blob)
-    base, queries = split.base, split.queries
-    if request.quantization_bits is not None:
-        limits = quantization.thresholds(base, request.quantization_bits)
-        base, queries = quantization.pack(base, limits), quantization.pack(queries, limits)
-    base, queries = (np.ascontiguousarray(part).view(np.uint8) for part in (base, queries))
+def _binary_errors(
+    index: faiss.IndexBinaryIVF, base: np.ndarray, split: Split
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Adds the packed base to `index`; the mean errors of its rows, and those of each row."""
     index.add(base)
     first = split.base_trained
     parts = {"training": base[: min(first, _ERROR_ROWS)], "held_out": base[first:][:_ERROR_ROWS]}
-    errors: dict[str, Any] = {
-        name: {"coarse": float(index.quantizer.search(rows, 1)[0].mean()) / index.d}
-        for name, rows in parts.items()
-        if len(rows)
-    }
-
-    def search(nprobes: int | None) -> np.ndarray:
-        index.nprobe = nprobes or index.nlist
-        return found(index, split, queries)
-
-    return search, errors, _sizes(index)
+    each_row = {name: index.quantizer.search(rows, 1)[0].ravel() / index.d for name, rows in parts.items() if len(rows)}
+    return {name: {"coarse": float(each.mean())} for name, each in each_row.items()}, each_row
 
 
 def _norms(vectors: np.ndarray, trained: int, request: TrainingRequest) -> dict[str, Any]:

@@ -62,24 +62,63 @@ class Neighbours:
         return np.minimum(near.sum(axis=1), k) / k
 
 
-def expected(curve: Mapping[int, float], k: int, growth: float, samples: int) -> float:
+def curve_of_halves(true: Neighbours, found: np.ndarray) -> dict[int, float]:
+    """Mean recall at the depths of CURVE in either half of the base, as far as all queries have neighbours there.
+
+    The base is in no order, so even and odd ids are two uniform samples of it. What a search finds among them is what
+    it finds in all, less the rest: codes and lists are the same.
+
+    Args:
+      found: (queries, n) ids in the order they were found; -1 for none.
+    """
+    halves = []
+    for odd in (0, 1):
+        own = true.ids % 2 == odd
+        depth = int(own.sum(axis=1).min())
+        at = np.argsort(~own, axis=1, kind="stable")[:, :depth]
+        half = Neighbours(np.take_along_axis(true.distances, at, 1), np.take_along_axis(true.ids, at, 1), true.rows)
+        other = (found < 0) | (found % 2 != odd)
+        order = np.argsort(other, axis=1, kind="stable")[:, :depth]
+        ids = np.where(np.take_along_axis(other, order, 1), -1, np.take_along_axis(found, order, 1))
+        distances = half.distances_of(ids) if depth else np.empty((len(ids), 0))
+        halves.append({k: float(half.recall(distances, k).mean()) for k in CURVE if k <= depth})
+    return {k: (share + halves[1][k]) / 2 for k, share in halves[0].items() if k in halves[1]}
+
+
+def expected(curve: Mapping[int, float], halves: Mapping[int, float], k: int, growth: float, samples: int) -> float:
     """Recall@k to expect among `growth` times as many vectors.
 
     What a search confuses depends on how far away neighbours are, and the k nearest of many vectors lie as far away
     as the k / growth nearest of a uniform sample of them. So recall@k there is about recall@(k / growth) here. Between
-    measured depths it is interpolated over log k; before the first the log-odds between recall@1 and recall@4 are
-    prolonged. tests/benchmarks/README.md says how far off that was.
+    measured depths it is interpolated over log k; before the first the log-odds between recall@1 and recall@2 are
+    prolonged.
+
+    A sample blurs: how many of its vectors stand for the k nearest varies, with a standard deviation of the order of
+    sqrt(growth / k) of their number, and where k is the size of clusters recall has an edge there. What the blur costs
+    grows as its width does, and halves of the base, where `growth` is twice as large, show how much that is.
+    tests/benchmarks/README.md says how far off the outcome was.
 
     Args:
       curve: recall at increasing depths from 1 on.
+      halves: the same in halves of the base; may be empty.
       samples: queries it was measured with; keeps 0 and 1 off infinity.
     """
-    depth = k / max(growth, 1.0)
+    growth = max(growth, 1.0)
+    share = _at_depth(curve, k / growth, samples)
+    # Below depth 1 halves would show what prolonging the curve costs, which is something else.
+    if 1 <= k / (2 * growth) <= max(halves, default=0):
+        blurred = share - _at_depth(halves, k / (2 * growth), samples)
+        share += blurred * (1 - growth**-0.5) / (math.sqrt(2) - 1)
+    return min(1.0, max(0.0, share))
+
+
+def _at_depth(curve: Mapping[int, float], depth: float, samples: int) -> float:
+    """A curve at any depth above 0."""
     depths = sorted(curve)
     if depth >= 1 or len(depths) < 2:
         return float(np.interp(math.log(depth), np.log(depths), [curve[each] for each in depths]))
     least = 0.5 / samples
-    far = max(each for each in depths if each <= 4)
+    far = depths[1]
 
     def log_odds(share: float) -> float:
         share = min(max(share, least), 1 - least)

@@ -75,12 +75,17 @@ def _figures(quality: Json, told: Json) -> str:
 def _said(quality: Json) -> str:
     sentences = findings(quality)
     if "previous" in quality:
-        old = quality["previous"]
-        sentences.insert(
-            0, f"Error {old['error_of_new']:.5g}; {old['model_id']} has {old['error']:.5g} on the same vectors."
-        )
+        sentences.insert(0, _compared(quality["previous"], quality["at"]))
     items = "".join(f"<li>{escape(text)}</li>" for text in sentences)
     return f'<section class="said"><ul>{items}</ul></section>' if items else ""
+
+
+def _compared(old: Json, at: Json) -> str:
+    where = f"nprobes {old['nprobes']}" if "nprobes" in old else f"ef_search {old['ef_search']}"
+    return (
+        f"Error {old['error_of_new']:.5g}, recall@10 to expect {at['expected']['10']:.2f}; on the same vectors "
+        f"{old['model_id']} has {old['error']:.5g} and {old['expected']['10']:.2f} ({where})."
+    )
 
 
 # --- charts --------------------------------------------------------------------------------------------------------

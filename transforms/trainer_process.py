@@ -171,7 +171,7 @@ def run(job: TrainingJob, progress: Progress) -> tuple[bytes | None, dict[str, A
     seconds["load"] = time.monotonic() - start
 
     told: dict[str, Any] = {"vectors": len(training), "held_out": len(held_out), "seconds": seconds}
-    old_error = None
+    old = old_error = None
     if job.previous is not None:
         start = time.monotonic()
         old = read_whole(job.previous.path)
@@ -204,13 +204,15 @@ def run(job: TrainingJob, progress: Progress) -> tuple[bytes | None, dict[str, A
             threads=job.threads,
             history=history,
             nprobes=job.nprobes,
+            previous=old,
             progress=progress,
         )
         seconds["evaluate"] = time.monotonic() - start
     if job.previous is not None and old_error is not None:
         new_error = quality.quantization_error(blob, request, held_out)
         told["kept"] = job.previous.kept(old_error, new_error) or ""
-        told.setdefault("quality", {})["previous"] = {**compared, "error_of_new": new_error}
+        evaluated = told.setdefault("quality", {})
+        evaluated["previous"] = {**evaluated.get("previous", {}), **compared, "error_of_new": new_error}
     return blob, {**told, "peak_memory": _peak_memory()}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recall to expect, from the vectors in the trainer's memory, against recall with all vectors indexed.
 
-    python -m tests.benchmarks.bench_quality [--rows 500000]
+    python -m tests.benchmarks.bench_quality [--rows 200000 500000 1000000]
 
 Prints for image patches, handwritten digits and clustered vectors, for each space and for codes and flat lists: the
 recall measured in the base, the recall to expect, and what faiss finds when the whole source is indexed and searched
@@ -11,7 +11,7 @@ for vectors that are not in it. Results do not depend on what else the machine d
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import faiss
 import numpy as np
@@ -25,10 +25,12 @@ from transforms.request import TrainingRequest
 
 SPACES = ("l2", "innerproduct", "cosinesimil")
 K = (10, 100)
+#: To search the whole source for: as many as keep chance out of it (digits are too few).
+QUERIES = 10_000
 
 
 def image() -> tuple[np.ndarray, np.ndarray]:
-    vectors = image_patches()
+    vectors = image_patches(QUERIES)
     return vectors[:TRAINING], vectors[TRAINING:]
 
 
@@ -45,7 +47,7 @@ def clustered(rows: int) -> tuple[np.ndarray, np.ndarray]:
     """As in bench_parquet."""
     rng = np.random.default_rng(0)
     centres = np.random.default_rng(42).standard_normal((2_000, DIMENSION), np.float32)
-    vectors = centres[rng.integers(0, len(centres), rows + 1_000)]
+    vectors = centres[rng.integers(0, len(centres), rows + QUERIES)]
     vectors += 0.5 * rng.standard_normal(vectors.shape, np.float32)
     return vectors[:rows], vectors[rows:]
 
@@ -71,15 +73,17 @@ def indexed(blob: bytes, wanted: TrainingRequest, vectors: np.ndarray, queries: 
     return {k: float(true.recall(found, k).mean()) for k in K}
 
 
-def cases(rows: int) -> Iterator[tuple[str, np.ndarray, np.ndarray, int, int, tuple[int | None, ...]]]:
+def cases(sizes: Sequence[int]) -> Iterator[tuple[str, np.ndarray, np.ndarray, int, int, tuple[int | None, ...]]]:
     yield ("digits", *digits(), 16, 4, (8, None))
     yield ("image patches", *image(), 256, 8, (48, 24, None))
-    yield ("clustered", *clustered(rows), 256, 8, (16, None))
+    for rows in sizes:
+        yield ("clustered", *clustered(rows), 256, 8, (16, None))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, default=500_000, help="of the clustered vectors")
+    sizes = [200_000, 500_000, 1_000_000]
+    parser.add_argument("--rows", type=int, nargs="+", default=sizes, help="of the clustered vectors")
     given = parser.parse_args()
     worst = 0.0
     names = [name for k in K for name in (f"@{k} in the base", "to expect", "indexed")]
