@@ -217,6 +217,19 @@ def test_vectors_that_have_changed_get_a_new_model(
     )
 
 
+def test_drift_along_the_source_is_in_the_report(work: Path) -> None:
+    """The last fifth of the source has other vectors, fewer than its centroids would need."""
+    last = int(0.8 * len(VECTORS))
+    changed = write_export(work / "changed", vectors=np.concatenate([VECTORS[:last], DRIFTED[last:]]))
+    (model,) = train.run(arguments(work, changed))
+    drift = model["quality"]["drift"]
+    assert max(drift["error"][:15]) < 1 < 1.2 < min(drift["error"][-3:])
+    assert drift["position"] == pytest.approx(np.linspace(0.025, 0.975, 20), abs=0.02)
+    page = (work / "models" / model["model_id"] / "report.html").read_text()
+    assert "The last vectors of the source have" in page
+    assert "Drift along the source" in page
+
+
 def test_a_new_model_that_is_no_better_is_not_kept(work: Path, export: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With another nlist the error of its time says nothing, so the new one is trained first."""
     train.run(arguments(work, export, "--model_id", "old"))

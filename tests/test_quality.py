@@ -89,6 +89,23 @@ def test_a_model_compared_with_itself_has_its_own_recall(wanted: TrainingRequest
     assert quality["previous"] == own
 
 
+@pytest.mark.parametrize(("wanted", "vectors"), KINDS.values(), ids=KINDS)
+def test_every_kind_of_model_shows_drift(wanted: TrainingRequest, vectors: np.ndarray) -> None:
+    """Rows are in the order of their first value, which is all that the position says of them."""
+    order = np.argsort(vectors[:, 0].astype(np.float32), kind="stable")
+    positions = np.empty(len(vectors), np.float32)
+    positions[order] = np.linspace(0, 1, len(vectors))
+    for trained in (TRAINED, len(vectors)):
+        drift = measured(wanted, vectors, trained, positions=positions)["drift"]
+        assert drift["explained"] > 0.02
+        assert np.mean(drift["error"]) == pytest.approx(1, abs=0.01)
+        assert len(drift["position"]) == 20
+        raw = trained == TRAINED or not wanted.normalize  # trained rows have become unit vectors
+        assert ("length" in drift) == (raw and wanted.data_type != "binary")
+    apart = positions[np.random.default_rng(0).permutation(len(positions))]
+    assert measured(wanted, vectors, positions=apart)["drift"]["explained"] < 0.005
+
+
 def test_recall_and_errors_are_those_that_faiss_gives() -> None:
     wanted = request(encoder=PQ)
     blob = faiss_training.train(FLOATS[:TRAINED].copy(), wanted, 2)

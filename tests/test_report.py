@@ -31,7 +31,8 @@ def model(method: str = "ivf", encoder: bool = True, **fields: Any) -> dict[str,
     vectors = VECTORS.copy()
     history: list[dict[str, float]] = []
     blob = faiss_training.train(vectors[:4_000], request, 2, history=history)
-    quality = evaluate(blob, request, vectors, 4_000, 50_000, history=history)
+    positions = np.random.default_rng(3).random(len(vectors), np.float32)
+    quality = evaluate(blob, request, vectors, 4_000, 50_000, history=history, positions=positions)
     provenance = {"source": "products", "index_description": request.index_description, "query": {"match_all": {}}}
     return TrainedModel("m1", metadata(request, CREATED), blob, provenance, quality).json()
 
@@ -70,9 +71,9 @@ class Page(HTMLParser):
 @pytest.mark.parametrize(
     ("method", "encoder", "charts"),
     [
-        ("ivf", True, ["Recall", *ERRORS, "List sizes", "k-means", "Lengths"]),
-        ("ivf", False, ["Recall", ERRORS[0], "List sizes", "k-means", "Lengths"]),
-        ("hnsw", True, [*ERRORS, "Lengths"]),
+        ("ivf", True, ["Recall", *ERRORS, "List sizes", "k-means", "Lengths", "Drift along the source"]),
+        ("ivf", False, ["Recall", ERRORS[0], "List sizes", "k-means", "Lengths", "Drift along the source"]),
+        ("hnsw", True, [*ERRORS, "Lengths", "Drift along the source"]),
     ],
 )
 def test_page_has_the_charts_of_its_kind_of_model(method: str, encoder: bool, charts: list[str]) -> None:

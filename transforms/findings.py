@@ -11,6 +11,8 @@ _RECALL_LOST, _IMBALANCE = 0.02, 2.0
 # A training set that is too small is learnt by heart; one that is of other vectors fits none.
 _TOO_SMALL, _OTHERS = 1.2, 2.0
 _GAIN = 1.05
+# The last vectors of a source have an error that is so much above the mean, and not by chance.
+_DRIFTED, _SIGMAS = 1.1, 3
 
 
 def findings(quality: Mapping[str, Any]) -> list[str]:
@@ -30,6 +32,7 @@ def findings(quality: Mapping[str, Any]) -> list[str]:
         )
         said.append((1 - best, f"{text}: a larger m makes finer ones.{reach}"))
     said += _about_the_sample(quality["error"])
+    said += _about_drift(quality.get("drift"))
     if "lists" in quality and quality["lists"]["imbalance_factor"] > _IMBALANCE:
         factor = quality["lists"]["imbalance_factor"]
         said.append(
@@ -56,3 +59,13 @@ def _about_the_sample(error: Mapping[str, Any]) -> list[tuple[float, str]]:
     text = f"Vectors that were not trained on have {ratio:.1f} times the error of those that were"
     cause = "the training set is small" if ratio < _OTHERS else "they do not stand for the source"
     return [(ratio - 1, f"{text}: {cause}.")]
+
+
+def _about_drift(drift: Mapping[str, Any] | None) -> list[tuple[float, str]]:
+    if drift is None:
+        return []
+    last, chance = drift["error"][-1], drift["standard_error"][-1]
+    if last < _DRIFTED or last - 1 < _SIGMAS * chance:
+        return []
+    text = f"The last vectors of the source have {last:.2f} times the mean error"
+    return [(last - 1, f"{text}: it moves away from what the model knows, and what is written next will fit it less.")]

@@ -16,6 +16,7 @@ import numpy as np
 
 from transforms import faiss_training, index_statistics
 from transforms.codebooks import read_index
+from transforms.drift import drift
 from transforms.held_out import Split, exact, split_sample
 from transforms.memory import index_memory
 from transforms.recall import DEPTHS
@@ -51,6 +52,7 @@ def evaluate(
     threads: int = 0,
     history: Sequence[Mapping[str, float]] = (),
     nprobes: Sequence[int] = (),
+    positions: np.ndarray | None = None,
     previous: bytes | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Any]:
@@ -67,6 +69,7 @@ def evaluate(
       threads: OpenMP threads; 0 for as many as there were before.
       history: of k-means, from `faiss_training.train`.
       nprobes: values to measure beside the powers of two and the request's own.
+      positions: (n,) float32, where each vector is in its source; see `VectorBlock`.
       previous: the blob of another model of the same space type, data type and encoder, to be searched too.
 
     Returns:
@@ -79,27 +82,29 @@ def evaluate(
       how even they are. `subquantizers`: error and unused codewords of each. `norms`: of the vectors as read.
       `normalisation` (cosinesimil, where lengths differ): `gain`, how many times larger the error of unit vectors is
       with small codebooks trained on vectors as they were read, as the cluster's `_train` does, than on unit vectors.
-      `previous`: the entry of `recall` for the other model with its own nprobes or ef_search.
-      `memory`: of an index of the source. `history`: of k-means.
+      `drift` (with `positions`): along the source, from `drift.drift`. `previous`: the entry of `recall` for the other
+      model with its own nprobes or ef_search. `memory`: of an index of the source. `history`: of k-means.
     """
     start = time.monotonic()
     if threads:
         faiss.omp_set_num_threads(threads)
     norms = _norms(vectors, trained, request)
+    lengths = None if request.data_type == "binary" else index_statistics.lengths_of(vectors[trained:][:_ERROR_ROWS])
     normalisation = None
     if request.normalize:
         normalisation = _normalisation(vectors[trained:], norms, request)
         faiss.normalize_L2(vectors[trained:])
     split = split_sample(vectors, trained, len(vectors) >= corpus)
+    first = split.first
     progress("evaluate", 0, 3)
     told: dict[str, Any] = {"vectors": split.counts(corpus)}
     index = read_index(blob)
     subquantizers: list[dict[str, Any]] = []
     if request.is_binary:
         queries, base = packed(split, request)
-        told["error"], _ = _binary_errors(index, base, split)
+        told["error"], each_row = _binary_errors(index, base, split)
     else:
-        told["error"], _, subquantizers, split = _float_errors(index, split)
+        told["error"], each_row, subquantizers, split = _float_errors(index, split)
         told["vectors"] = split.counts(corpus)
         queries = np.ascontiguousarray(split.queries, np.float32)
     search = searcher(index, split, queries)
@@ -111,6 +116,10 @@ def evaluate(
     told |= by_nprobes(search, true, request, corpus, wanted, graph)
     if previous is not None:
         told["previous"] = of_another(previous, true, split, request, corpus)
+    if positions is not None:
+        by_position = _drift(each_row, positions, vectors, lengths, request, trained, first)
+        if by_position is not None:
+            told["drift"] = by_position
     if request.nlist is not None:
         told["lists"] = index_statistics.lists(index)
     if subquantizers:
@@ -191,6 +200,28 @@ def _binary_errors(
     parts = {"training": base[: min(first, _ERROR_ROWS)], "held_out": base[first:][:_ERROR_ROWS]}
     each_row = {name: index.quantizer.search(rows, 1)[0].ravel() / index.d for name, rows in parts.items() if len(rows)}
     return {name: {"coarse": float(each.mean())} for name, each in each_row.items()}, each_row
+
+
+def _drift(
+    each_row: Mapping[str, np.ndarray],
+    positions: np.ndarray,
+    vectors: np.ndarray,
+    lengths: np.ndarray | None,
+    request: TrainingRequest,
+    trained: int,
+    first: int,
+) -> dict[str, Any] | None:
+    """Drift as the vectors that were held out show it, or else those that were trained on."""
+    if "held_out" in each_row:
+        errors, start = each_row["held_out"], trained
+        lengths = None if lengths is None else lengths[: len(errors)]
+    else:
+        errors, start = each_row["training"], first
+        lengths = None  # those of cosinesimil have become unit vectors
+        if request.data_type != "binary" and not request.normalize:
+            lengths = index_statistics.lengths_of(vectors[start : start + len(errors)])
+    rows = slice(start, start + len(errors))
+    return drift(positions[rows], vectors[rows], errors, lengths)
 
 
 def _norms(vectors: np.ndarray, trained: int, request: TrainingRequest) -> dict[str, Any]:

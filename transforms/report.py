@@ -99,6 +99,7 @@ def _charts(quality: Json) -> list[str]:
         _sizes(quality.get("lists")),
         _convergence(quality["history"]),
         _norms(quality.get("norms", {})),
+        _drift(quality.get("drift")),
     ]
 
 
@@ -236,6 +237,29 @@ def _norms(norms: Json) -> str:
     keys = tuple((style, names[kind]) for kind, style in reversed(kinds))
     caption = "Share of vectors up to each length. The lines lie on each other if the sample is like the rest."
     return _figure("Lengths", chart.svg(), caption, keys)
+
+
+def _drift(drift: Json | None) -> str:
+    """Errors and lengths along the source, each against its mean."""
+    if drift is None:
+        return ""
+    lines = [(kind, style) for kind, style in (("length", "two"), ("error", "one")) if kind in drift]
+    values = [value for kind, _ in lines for value in drift[kind]]
+    low, high = min(0.9, *values), max(1.1, *values)
+    room = 0.05 * (high - low)
+    chart = Chart("Drift along the source", (0, 100), (low - room, high + room), "% of the source", "")
+    chart.rule("mean", "rule", y=1)
+    for kind, style in lines:
+        points = [(100 * x, y) for x, y in zip(drift["position"], drift[kind], strict=True)]
+        chart.line(points, f"line {style}")
+        chart.dots([(x, y, f"at {x:.0f} %: {kind} {y:.3f} of the mean") for x, y in points], f"dot {style}")
+    caption = (
+        "Vectors in the order of their source, against the mean of all. "
+        f"{drift['explained']:.1%} of their spread goes with their place in that order; 0 would be an order that means "
+        "nothing."
+    )
+    keys = tuple((style, kind) for kind, style in reversed(lines))
+    return _figure("Drift along the source", chart.svg(), caption, keys)
 
 
 # --- facts ---------------------------------------------------------------------------------------------------------

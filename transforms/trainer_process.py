@@ -164,7 +164,7 @@ def run(job: TrainingJob, progress: Progress) -> tuple[bytes | None, dict[str, A
     if not rows:
         raise TrainingError("there are no vectors to train on")
     progress("load sample", 0, 1)
-    vectors, _ = spill.load(job.spills, job.size + job.held_out, job.threshold)
+    vectors, positions = spill.load(job.spills, job.size + job.held_out, job.threshold)
     training, held_out = vectors[: job.size], vectors[job.size :]
     request.check_count(len(training))
     progress("load sample", 1, 1)
@@ -204,6 +204,7 @@ def run(job: TrainingJob, progress: Progress) -> tuple[bytes | None, dict[str, A
             threads=job.threads,
             history=history,
             nprobes=job.nprobes,
+            positions=positions,
             previous=old,
             progress=progress,
         )
