@@ -86,7 +86,10 @@ def test_a_model_compared_with_itself_has_its_own_recall(wanted: TrainingRequest
     blob = faiss_training.train(vectors[:TRAINED].copy(), wanted, 2)
     quality = evaluate(blob, wanted, vectors.copy(), TRAINED, 12_000, threads=2, previous=blob)
     own = {name: value for name, value in quality["at"].items() if name not in ("standard_error", "graph")}
-    assert quality["previous"] == own
+    assert set(quality["previous"]) == set(own)
+    for name, value in own.items():
+        # faiss builds a graph with several threads, so no two are the same.
+        assert quality["previous"][name] == pytest.approx(value, rel=0.05 if wanted.ef_search else 1e-9)
 
 
 @pytest.mark.parametrize(("wanted", "vectors"), KINDS.values(), ids=KINDS)
