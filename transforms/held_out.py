@@ -18,8 +18,8 @@ from transforms.request import TrainingRequest
 FEWEST_QUERIES = 100
 _MOST_QUERIES = 1_000
 
-# Values in the vectors that are searched: a fixed cost, 100 000 vectors of 128 dimensions.
-_BASE_VALUES = 12_800_000
+#: Values in the vectors that are searched: a fixed cost, 100 000 vectors of 128 dimensions.
+BASE_VALUES = 12_800_000
 _DEPTH = DEPTHS[-1]
 
 
@@ -74,7 +74,7 @@ def split_sample(vectors: np.ndarray, trained: int, everything: bool) -> Split:
 
 def _first(vectors: np.ndarray, trained: int, last: int) -> int:
     """All that was held out is searched, and as much of the training set before it as is affordable."""
-    return min(trained, max(0, last - _BASE_VALUES // vectors.shape[1]))
+    return min(trained, max(0, last - BASE_VALUES // vectors.shape[1]))
 
 
 def depth_of(split: Split) -> int:

@@ -105,7 +105,12 @@ def train_in_process(job: TrainingJob, progress: Progress) -> TrainingResult:
     beside = os.path.dirname(job.spills[0].path) if job.spills and is_local(job.spills[0].path) else None
     with tempfile.TemporaryDirectory(prefix="trainer-", dir=beside) as folder:
         Path(folder, "job.json").write_text(json.dumps(asdict(job)))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {
+            # Threads that wait for work must not keep the worker's own, or another training, from the cores.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        }
         child = subprocess.Popen(
             [sys.executable, "-m", "transforms.trainer_process", folder],
             stdin=subprocess.PIPE,  # the child ends when its end of this pipe does: it never outlives the worker

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recall to expect, from the vectors in the trainer's memory, against recall with all vectors indexed.
 
-    python -m tests.benchmarks.bench_quality [--rows 200000 500000 1000000]
+    python -m tests.benchmarks.bench_quality [--rows 200000 500000 1000000] [--base 20000]
 
 Prints for image patches, handwritten digits and clustered vectors, for each space and for codes and flat lists: the
 recall measured in the base, the recall to expect, and what faiss finds when the whole source is indexed and searched
-for vectors that are not in it. Results do not depend on what else the machine does.
+for vectors that are not in it. Results do not depend on what else the machine does. With --base the base holds about so
+many vectors instead of what is affordable, as if the source were larger.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from tests.benchmarks.bench_parquet import DIMENSION
 from tests.demo import TRAINING, image_patches
-from transforms import faiss_training
+from transforms import faiss_training, held_out
 from transforms.quality import EVAL_VECTORS, evaluate, hold_out
 from transforms.recall import Neighbours
 from transforms.request import TrainingRequest
@@ -84,7 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     sizes = [200_000, 500_000, 1_000_000]
     parser.add_argument("--rows", type=int, nargs="+", default=sizes, help="of the clustered vectors")
+    parser.add_argument("--base", type=int, help="vectors to search in")
     given = parser.parse_args()
+    affordable = held_out.BASE_VALUES
     worst = 0.0
     names = [name for k in K for name in (f"@{k} in the base", "to expect", "indexed")]
     print(f"| data, source | model | base | {' | '.join(names)} |")
@@ -96,6 +99,7 @@ def main() -> None:
                 trained = min(wanted.usable_vectors, len(vectors))
                 sample = vectors[: trained + hold_out(EVAL_VECTORS)].copy()
                 blob = faiss_training.train(sample[:trained], wanted, faiss.omp_get_max_threads())
+                held_out.BASE_VALUES = given.base * vectors.shape[1] if given.base else affordable
                 quality = evaluate(blob, wanted, sample, trained, len(vectors))
                 truth = indexed(blob, wanted, vectors, queries)
                 at = quality["at"]
