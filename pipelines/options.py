@@ -95,6 +95,11 @@ class TrainOptions(PipelineOptions):
         run("--resume", action="store_true", help=text)
         run("--use_all_vectors", action="store_true", help="train on more vectors than faiss looks at")
         run("--training_threads", type=int, default=0, help="threads to train with (default: all cores)")
+        text = (
+            "Beam's hint for the worker that trains, as 'type:nvidia-tesla-t4;count:1;install-nvidia-driver'; its "
+            "faiss must be built for GPUs"
+        )
+        run("--accelerator", metavar="HINT", help=text)
         run("--allow_large_model", action="store_true", help="train a model that clusters cannot read by default")
 
         clustering = parser.add_argument_group("k-means").add_argument

@@ -101,6 +101,8 @@ def tell(
             problems.append(name + (outcome.written["error"] or f"the model is in state {outcome.written['state']}"))
             continue
         models.append(files.get(plan.model_id))
+        if plan.accelerator and not models[-1]["provenance"]["training_gpus"]:
+            display.say(f"warning: {name}it was trained without a GPU: faiss on that worker sees none")
         rows = _summary(models[-1], files.path(plan.model_id), seconds)
         if outcome.published is not None:
             if outcome.published["state"] == CREATED:
@@ -157,12 +159,17 @@ def _summary(model: Mapping[str, Any], path: str, seconds: float) -> list[tuple[
         ("method", f"{told['index_description']}, {model['space_type']}, dimension {model['dimension']}"),
         ("vectors in source", f"{told['vectors_in_source']:,}"),
         ("trained on", f"{told['vectors_sampled']:,}"),
-        ("seconds", f"{seconds:.1f} in all, {training['train']:.1f} training on {told['training_threads']} threads"),
+        ("seconds", f"{seconds:.1f} in all, {training['train']:.1f} training on {_trained_on(told)}"),
         ("training memory", f"{told['training_peak_memory_bytes'] / 1e6:,.0f} MB at its peak"),
         *_quality_rows(model.get("quality")),
         ("model bytes", f"{told['blob_bytes']:,}"),
         ("sha256", told["blob_sha256"]),
     ]
+
+
+def _trained_on(told: Mapping[str, Any]) -> str:
+    threads = f"{told['training_threads']} threads"
+    return f"{told['training_gpus']} GPUs and {threads}" if told["training_gpus"] else threads
 
 
 def _quality_rows(quality: Mapping[str, Any] | None) -> list[tuple[str, str]]:

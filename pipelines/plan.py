@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -37,6 +38,9 @@ CHECKED = 16
 #: Memory of a Beam worker that has the libraries loaded and trains in another process: 266 MB where it was measured.
 WORKER_BYTES = 300_000_000
 
+# https://cloud.google.com/dataflow/docs/guides/right-fitting
+_ACCELERATOR = re.compile(r"type:[^;:]+;count:[1-9]\d*(;[^;]+)*")
+
 #: Below this many vectors a centroid faiss warns that clusters are poor (ClusteringParameters.min_points_per_centroid).
 POINTS_PER_CENTROID = 39
 
@@ -54,6 +58,7 @@ class Plan:
       sample_size: vectors to train on, exactly.
       keep: fraction of the source that readers pass on, with the margin that makes a second reading rarer than 1e-9.
       threads: to train with.
+      accelerator: Beam's hint for the worker that trains, None for any worker.
       niter, nredo: iterations and restarts of k-means, None for faiss's own.
       held_out: rows to set aside, beyond the sample, where there are as many.
       evaluate: measure how good the model is with them.
@@ -75,6 +80,7 @@ class Plan:
     seed: int
     query: Mapping[str, Any] | None
     threads: int
+    accelerator: str | None
     niter: int | None
     nredo: int | None
     held_out: int
@@ -100,6 +106,11 @@ class Plan:
     def worker_bytes(self) -> int:
         """Estimated peak of the worker that trains, the training process included."""
         return self.memory_bytes + WORKER_BYTES
+
+    @property
+    def resource_hints(self) -> dict[str, Any]:
+        """Beam's hints for the steps that train and write the model."""
+        return {"min_ram": self.worker_bytes, **({"accelerator": self.accelerator} if self.accelerator else {})}
 
     @property
     def read_bytes(self) -> float:
@@ -143,6 +154,7 @@ class Plan:
             ("temporary files", _bytes(self.spill_bytes)),
             ("method", f"{request.index_description}, {request.space_type}"),
             ("training", f"{_bytes(self.memory_bytes)} of memory, {self.threads} threads"),
+            *([("accelerator", self.accelerator)] if self.accelerator else []),
             *((name, str(value)) for name, value in (("niter", self.niter), ("nredo", self.nredo)) if value),
             ("model", _bytes(request.blob_bytes)),
             ("for", f"OpenSearch {request.target_version}"),
@@ -202,6 +214,11 @@ def make_plans(options: TrainOptions, kept: Sequence[KeptSample] = ()) -> list[P
     for name in ("max_bad_vectors", "training_threads", "slices", "eval_vectors"):
         if getattr(options, name) < 0:
             raise RequestError(f"{name} is {getattr(options, name)}, but must be 0 or more")
+    if options.accelerator is not None and not _ACCELERATOR.fullmatch(options.accelerator):
+        raise RequestError(
+            f"accelerator is {options.accelerator!r}, expected a type and a count, as "
+            "'type:nvidia-tesla-t4;count:1;install-nvidia-driver'"
+        )
     if options.publish and not options.model_dir:
         raise RequestError("--publish needs --model_dir too: what cannot be published must not be lost")
     connection = connect(options) if options.publish or not options.parquet else None
@@ -209,6 +226,12 @@ def make_plans(options: TrainOptions, kept: Sequence[KeptSample] = ()) -> list[P
         version = options.target_version or (model_index.cluster_version(session) if session else NEWEST_TARGET)
         requests = [_request(options, *each, version) for each in _named(options)]
         limits = [request.check_limits(options.allow_large_model) for request in requests]
+        for request in requests:
+            if options.accelerator is not None and (request.nlist is None or request.is_binary):
+                raise RequestError(
+                    f"accelerator is {options.accelerator!r}, but {request.index_description} has no use for one: only "
+                    "the centroids of ivf on float or byte vectors have"
+                )
         ids = [_model_id(options, request) for request in requests]
         if len(set(ids)) < len(ids):
             raise RequestError(f"model_id {', '.join(ids)}: each model needs an id of its own")
@@ -322,6 +345,7 @@ def _plan(
         seed=options.seed,
         query=options.query,
         threads=options.training_threads or available_cores(),
+        accelerator=options.accelerator,
         niter=options.niter,
         nredo=options.nredo,
         held_out=held_out,

@@ -51,7 +51,7 @@ def build(sample: beam.PCollection[Sample], tried: Sequence[Plan], options: Trai
         _ = (
             sample
             | f"Take sample {number}" >> beam.Map(Sample.first, plan.rows_wanted).with_output_types(Sample)
-            | f"Try {number}" >> beam.Map(_try, transform, path)
+            | f"Try {number}" >> beam.Map(_try, transform, path).with_resource_hints(**plan.resource_hints)
         )
 
 

@@ -229,9 +229,9 @@ def _model(sample: beam.PCollection[Sample], plan: Plan, options: TrainOptions, 
     own = sample | f"Take sample{suffix}" >> beam.Map(Sample.first, plan.rows_wanted).with_output_types(Sample)
     train = plan.train_model(options.training_threads, outcome.hand_over_previous(folder, plan))
     write = WriteToModelFiles(options.model_dir)
-    # Both have the hint: runners fuse only steps with equal ones, and a model is too large to be sent as an element.
-    models = own | f"Train model{suffix}" >> train.with_resource_hints(min_ram=plan.worker_bytes)
-    written = models | f"Write model{suffix}" >> write.with_resource_hints(min_ram=plan.worker_bytes)
+    # Both have the hints: runners fuse only steps with equal ones, and a model is too large to be sent as an element.
+    models = own | f"Train model{suffix}" >> train.with_resource_hints(**plan.resource_hints)
+    written = models | f"Write model{suffix}" >> write.with_resource_hints(**plan.resource_hints)
     _ = written | f"Report model{suffix}" >> beam.Map(
         outcome.report, outcome.report_path(folder, plan, outcome.WRITTEN)
     )

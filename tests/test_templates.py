@@ -353,7 +353,17 @@ AS_OPTION = {
 IN_THE_REQUEST = {"space_type", "method", "mode", "compression_level", "engine", "description", "search_size"}
 NOT_IN_YAML = {
     *("preference", "node_id", "parquet", "vector_column", "reader", "slices", "max_requests_in_flight"),
-    *("max_bad_vectors", "model_dir", "overwrite", "resume", "use_all_vectors", "allow_large_model", "niter", "nredo"),
+    *(
+        "accelerator",
+        "max_bad_vectors",
+        "model_dir",
+        "overwrite",
+        "resume",
+        "use_all_vectors",
+        "allow_large_model",
+        "niter",
+        "nredo",
+    ),
     *("eval_vectors", "min_recall", "max_imbalance", "compare_to", "only_if_better", "suggest", "max_bytes_per_vector"),
 }
 

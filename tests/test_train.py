@@ -323,9 +323,13 @@ def test_duplicate_keys_in_the_file_are_seen(work: Path, export: str) -> None:
         train.run(arguments(work, export))
 
 
-def test_the_training_step_asks_for_the_memory_that_the_plan_states(work: Path, export: str) -> None:
+ACCELERATOR = "type:nvidia-tesla-t4;count:1;install-nvidia-driver"
+
+
+@pytest.mark.parametrize("accelerator", [None, ACCELERATOR])
+def test_the_training_step_asks_for_what_the_plan_states(work: Path, export: str, accelerator: str | None) -> None:
     """And no other step does, but the one that is fused with it."""
-    options, _ = parse(arguments(work, export))
+    options, _ = parse(arguments(work, export, *(["--accelerator", accelerator] if accelerator else [])))
     (plan,) = make_plans(options)
     pipeline = beam.Pipeline(runner=train.LOCAL_RUNNER)
     train.build(pipeline, [plan], options, str(work / "temp"))
@@ -333,9 +337,11 @@ def test_the_training_step_asks_for_the_memory_that_the_plan_states(work: Path, 
     asked = {}
     for transform in components.transforms.values():
         hints = components.environments[transform.environment_id].resource_hints if transform.environment_id else {}
-        for value in hints.values():
-            asked[transform.unique_name] = int(value)
-    wanted = plan.memory_bytes + 300_000_000
+        if hints:
+            asked[transform.unique_name] = {urn.split(":")[2]: value.decode() for urn, value in hints.items()}
+    wanted = {"min_ram_bytes": str(plan.memory_bytes + 300_000_000)}
+    if accelerator:
+        wanted["accelerator"] = accelerator
     steps = ("Train model", "Train model/Train", "Write model", "Write model/Write model files")
     assert asked == dict.fromkeys(steps, wanted)
 

@@ -73,6 +73,7 @@ class TrainingResult:
       vectors, held_out: how many vectors it saw.
       seconds: by stage.
       peak_memory: of the child in bytes.
+      gpus: how many it trained with.
       quality: from `quality.evaluate`, with `previous` where there is one to compare with.
       kept: why the previous model is to be kept, empty if it is not.
     """
@@ -82,6 +83,7 @@ class TrainingResult:
     held_out: int
     seconds: dict[str, float]
     peak_memory: int
+    gpus: int = 0
     quality: dict[str, Any] | None = None
     kept: str = ""
 
@@ -191,6 +193,7 @@ def run(job: TrainingJob, progress: Progress) -> tuple[bytes | None, dict[str, A
     history: list[dict[str, float]] = []
     blob = faiss_training.train(training, request, job.threads, progress, job.niter, job.nredo, history)
     seconds["train"] = time.monotonic() - start
+    told["gpus"] = faiss_training.usable_gpus(request)
 
     start = time.monotonic()
     faiss_training.check(blob, request, held_out[:16] if len(held_out) else training[:16])

@@ -122,6 +122,7 @@ def train_model(sample: Sample, transform: TrainModel) -> TrainedModel:
         "vectors_sampled": result.vectors,
         "vectors_held_out": result.held_out,
         "training_threads": job.threads,
+        "training_gpus": result.gpus,
         "seconds": {**result.seconds, "training_process": time.monotonic() - start},
         "training_peak_memory_bytes": result.peak_memory,
     }
@@ -149,8 +150,13 @@ def available_cores() -> int:
 
 def versions() -> dict[str, str]:
     """Versions of what made the model."""
-    packages = ("opensearch-knn-train", "faiss-cpu", "apache-beam", "numpy")
+    packages = ("opensearch-knn-train", _faiss_package(), "apache-beam", "numpy")
     return {name: _version(name) for name in packages}
+
+
+def _faiss_package() -> str:
+    """The distribution that `import faiss` comes from: there are several."""
+    return next(iter(importlib.metadata.packages_distributions().get("faiss", ["faiss-cpu"])))
 
 
 def _version(package: str) -> str:
