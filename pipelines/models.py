@@ -23,6 +23,7 @@ import numpy as np
 
 from pipelines import display, pruning
 from pipelines.places import Cluster, Place
+from transforms import files
 from transforms.codebooks import Codebooks, difference, distances
 from transforms.errors import RequestError, TrainingError
 from transforms.model import TRAINING, blob_digest
@@ -41,6 +42,7 @@ _COMPARED = ("dimension", "space_type", "data_type", "model_definition", "mode",
 def run(argv: Sequence[str] | None = None) -> None:
     """Runs `knn-models`. Raises RequestError or TrainingError."""
     given = _parser().parse_args(argv)
+    files.set_remote_options({})  # what there is to say is in the environment, as AWS_ENDPOINT_URL
     _COMMANDS[given.command](given)
 
 

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions
 from apache_beam.runners.runner import PipelineResult
 
@@ -54,6 +55,7 @@ def run(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
         there all the same.
     """
     options, dry_run = parse(sys.argv[1:] if argv is None else argv)
+    FileSystems.set_options(options)  # files are looked at before there is a pipeline
     if options.suggest:
         suggest.check(options)
     elif not options.model_dir and not dry_run:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import BinaryIO
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
 
 def is_local(path: str) -> bool:
@@ -55,3 +56,26 @@ def remove_folder(folder: str) -> None:
     found = [entry.path for entry in FileSystems.match([f"{folder.rstrip('/')}/*"])[0].metadata_list]
     if found:
         FileSystems.delete(found)
+
+
+def remote_options() -> dict[str, Any]:
+    """What Beam's filesystems were set up with in this process: the endpoint of an S3, say. It may hold secrets."""
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options import pipeline_options as beams
+
+    options = FileSystems._pipeline_options  # Beam sets it wherever steps run, and has no other way to ask
+    if options is None:
+        return {}
+    parser = beams._BeamArgumentParser()
+    for kind in (beams.S3Options, beams.AzureOptions, beams.HadoopFileSystemOptions, beams.GoogleCloudOptions):
+        kind._add_argparse_args(parser)
+    names = {action.dest for action in parser._actions}
+    return {name: value for name, value in options.get_all_options(drop_default=True).items() if name in names}
+
+
+def set_remote_options(options: Mapping[str, Any]) -> None:
+    """Sets up Beam's filesystems as `remote_options` says; without, some do not even start."""
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    FileSystems.set_options(PipelineOptions.from_dictionary(dict(options)))

@@ -19,11 +19,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transforms import spill
+from transforms import files, spill
 from transforms.comparison import Previous
 from transforms.errors import TrainingError
 from transforms.files import is_local, read_whole
@@ -115,7 +116,7 @@ def train_in_process(job: TrainingJob, progress: Progress) -> TrainingResult:
         }
         child = subprocess.Popen(
             [sys.executable, "-m", "transforms.trainer_process", folder],
-            stdin=subprocess.PIPE,  # the child ends when its end of this pipe does: it never outlives the worker
+            stdin=subprocess.PIPE,  # beyond one line: the child ends when it does, and never outlives the worker
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
@@ -126,6 +127,8 @@ def train_in_process(job: TrainingJob, progress: Progress) -> TrainingResult:
         listener.start()
         _children.add(child)
         try:
+            with suppress(BrokenPipeError):  # its end will be told
+                _hand_over_remote_options(child, job)
             for line in child.stdout or ():
                 stage, done, total = json.loads(line)
                 progress(stage, done, total)
@@ -143,6 +146,15 @@ def train_in_process(job: TrainingJob, progress: Progress) -> TrainingResult:
             blob = Path(folder, "model.faiss")
             return TrainingResult(blob=blob.read_bytes() if blob.exists() else None, **result)
         raise TrainingError(f"the training process {_cause_of_death(code, errors)}")
+
+
+def _hand_over_remote_options(child: subprocess.Popen[str], job: TrainingJob) -> None:
+    """Tells the child how to reach remote files, if there are any. Not in a file: this may be secret."""
+    paths = [part.path for part in job.spills] + ([job.previous.path] if job.previous else [])
+    options = None if all(map(is_local, paths)) else files.remote_options()
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(options) + "\n")
+    child.stdin.flush()
 
 
 def _cause_of_death(code: int, errors: Sequence[str]) -> str:
@@ -226,6 +238,9 @@ def run(job: TrainingJob, progress: Progress) -> tuple[bytes | None, dict[str, A
 
 
 def main(folder: str) -> None:
+    options = json.loads(sys.stdin.readline() or "null")
+    if options is not None:
+        files.set_remote_options(options)
     threading.Thread(target=_end_with_run, args=(folder,), daemon=True).start()
     fields = json.loads(Path(folder, "job.json").read_text())
     fields["spills"] = [Spill(**part) for part in fields["spills"]]
