@@ -7,7 +7,7 @@ READY := .venv/.ready
 # A shell's own PYTHONPATH would come before what is installed here.
 unexport PYTHONPATH
 
-.PHONY: train test check dist flink benchmarks clean
+.PHONY: train test check dist flink images benchmarks clean
 
 train: $(READY)
 	$(BIN)/python -m tests.demo patches .data/patches
@@ -36,6 +36,10 @@ dist: $(READY)
 # Brings up a Flink cluster and an OpenSearch node, trains on them what it trains locally, breaks them, ends them.
 flink: $(READY)
 	CI=true $(BIN)/python -m pytest -v -rP --show-capture=stdout tests/test_flink.py
+
+# Builds the templates' images and runs them, on Flink too. Takes root and a Docker daemon, or dockerd and debootstrap.
+images: $(READY)
+	$(BIN)/python -m pytest -v -rP --show-capture=stdout tests/images.py
 
 benchmarks: $(READY)
 	$(BIN)/python -m tests.benchmarks

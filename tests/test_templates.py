@@ -102,8 +102,11 @@ def test_dockerfiles(path: Path) -> None:
     assert all(":" in image and not image.endswith(":latest") for image in images)
     assert {image for image in images if "beam" in image} <= {f"apache/beam_python3.11_sdk:{beam.__version__}"}
     assert all("3.11" in image or "311" in image for image in images)
+    sent = set((CHECKOUT / ".dockerignore").read_text().splitlines())
     for _, rest in (step for step in template_env.install_steps(path) if step[0] == "COPY"):
-        assert all((CHECKOUT / source).exists() for source in rest.split()[:-1])
+        for source in rest.split()[:-1]:
+            assert (CHECKOUT / source).exists()
+            assert f"!{source}" in sent
 
 
 def test_images_install_the_same_way_and_pip_finds_no_conflict() -> None:
