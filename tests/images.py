@@ -30,7 +30,7 @@ from tests.runners.job import REQUEST, knn_train, vectors, write_export
 from tests.test_object_store import S3
 
 PYTHON, SDK = "python:3.11-slim-bookworm", "apache/beam_python3.11_sdk:2.77.0"
-LAUNCHER = re.compile(r"^(FROM gcr\.io/dataflow-templates-base|COPY --from=launcher) .*\n", re.MULTILINE)
+LAUNCHER = re.compile(r"^(FROM gcr\.io/dataflow-templates-base/|COPY --from=launcher ).*\n", re.MULTILINE)
 #: BuildKit is a program of its own that Debian does not have.
 ENVIRONMENT = {**os.environ, "DOCKER_BUILDKIT": "0"}
 #: What tells pip, here, where packages are and whom to trust.

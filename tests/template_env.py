@@ -41,11 +41,11 @@ def instructions(dockerfile: Path) -> list[tuple[str, str]]:
 
 
 def install_steps(dockerfile: Path) -> list[tuple[str, str]]:
-    """What of an image can be done without one: COPY from the checkout, and RUN."""
+    """What of an image can be done without one: COPY from the checkout, and RUN of pip."""
     return [
         (name, rest)
         for name, rest in instructions(dockerfile)
-        if name == "RUN" or (name == "COPY" and not rest.startswith("--from"))
+        if (name == "RUN" and rest.startswith("pip ")) or (name == "COPY" and not rest.startswith("--from"))
     ]
 
 
