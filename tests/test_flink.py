@@ -20,7 +20,7 @@ import pytest
 from pipelines.options import parse
 from tests.opensearch.support import Proxy, fill, open_contexts
 from tests.opensearch_server import OpenSearchServer
-from tests.runners import CHECKOUT, required
+from tests.runners import CHECKOUT, flink_cluster, required
 from tests.runners.flink_cluster import FlinkCluster
 from tests.runners.job import REQUEST, Job, Run, knn_train, start_knn_train, vectors, write_export
 from transforms.errors import RequestError
@@ -67,6 +67,16 @@ def test_parquet(cluster: FlinkCluster, export: str, tmp_path: Path) -> None:
     told("Parquet, this process", expected)
     run = knn_train(tmp_path / "flink", "--parquet", export, PACKAGE, *cluster.options).checked()
     told("Parquet, Flink", run)
+    assert run.blob_sha256 == expected.blob_sha256
+
+
+def test_a_job_server_that_beam_starts(cluster: FlinkCluster, export: str, tmp_path: Path) -> None:
+    expected = knn_train(tmp_path / "local", "--parquet", export).checked()
+    jar = flink_cluster.job_server_jar(tmp_path)
+    runner = ["--runner=FlinkRunner", f"--flink_master=localhost:{cluster.rest_port}", f"--flink_job_server_jar={jar}"]
+    environment = [option for option in cluster.options if option.startswith(("--environment", "--parallelism"))]
+    run = knn_train(tmp_path / "flink", "--parquet", export, PACKAGE, *runner, *environment).checked()
+    told("Parquet, Flink, Beam's own job server", run)
     assert run.blob_sha256 == expected.blob_sha256
 
 

@@ -23,6 +23,7 @@ import tarfile
 import tempfile
 import time
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -88,6 +89,24 @@ def job_server() -> Path:
             fetch(Path(scratch), {"job-server": JOB_SERVER})["job-server"].rename(folder / "lib")
 
     return once(CACHE / "flink-job-server", build) / "lib"
+
+
+def job_server_jar(folder: Path) -> Path:
+    """A JAR in `folder` that stands for all of the job server, as Beam's `--flink_job_server_jar` wants one."""
+    opens = [option.partition("=")[2].partition("=")[0] for option in JAVA_OPTIONS if option.startswith("--add-opens")]
+    manifest = {
+        "Manifest-Version": "1.0",
+        "Main-Class": "org.apache.beam.runners.flink.FlinkJobServerDriver",
+        "Class-Path": " ".join(jar.as_uri() for jar in sorted(job_server().glob("*.jar"))),
+        "Add-Opens": " ".join(opens),
+    }
+    lines = [f"{name}: {value}" for name, value in manifest.items()]
+    # A line of a manifest has 72 bytes; one that begins with a space goes on with the one before.
+    wrapped = ["\r\n ".join([line[:70], *re.findall(".{1,69}", line[70:])]) for line in lines]
+    jar = folder / "job-server.jar"
+    with zipfile.ZipFile(jar, "w") as archive:
+        archive.writestr("META-INF/MANIFEST.MF", "\r\n".join([*wrapped, "", ""]))
+    return jar
 
 
 def flink() -> Path:
