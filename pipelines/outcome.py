@@ -169,7 +169,8 @@ def _summary(model: Mapping[str, Any], path: str, seconds: float) -> list[tuple[
 
 def _trained_on(told: Mapping[str, Any]) -> str:
     threads = f"{told['training_threads']} threads"
-    return f"{told['training_gpus']} GPUs and {threads}" if told["training_gpus"] else threads
+    gpus = told["training_gpus"]
+    return f"{gpus} GPU{'s' * (gpus > 1)} and {threads}" if gpus else threads
 
 
 def _quality_rows(quality: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
@@ -341,18 +342,38 @@ def _cancel_on_signals(elsewhere: bool) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class _WithoutTracebacks:
+    """A text stream that leaves out tracebacks, where each comes as one text."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._left_out = False
+
+    def write(self, text: str) -> int:
+        self._left_out = text.startswith("Traceback (most recent call last):") or (self._left_out and text == "\n")
+        return len(text) if self._left_out else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def _quiet_beam() -> Iterator[None]:
-    """Beam logs the traceback of every failure that it also raises; one line is enough."""
+    """Beam logs, and its workers in this process print, the traceback of every failure that it also raises; one line
+    is enough.
+    """
+    stderr = sys.stderr
     loggers = [logging.getLogger(name) for name in ("apache_beam", "root")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     prism = logging.getLogger("PrismJobServer")  # whose level Beam sets itself when it starts the server
     prism.disabled = True
+    sys.stderr = _WithoutTracebacks(stderr)  # type: ignore[assignment]
     try:
         yield
     finally:
+        sys.stderr = stderr
         prism.disabled = False
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -372,6 +393,8 @@ def main() -> None:
         sys.exit(2)
     except (TrainingError, KeyboardInterrupt) as error:
         display.say(f"failed: {error or 'interrupted'}")
+        # Threads of Beam's that have not ended yet would print how they are torn down.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process is gone
         sys.exit(1)
 
 

@@ -41,5 +41,5 @@ def test_a_failure_on_prism_ends_with_one_line(prism_options: list[str], tmp_pat
     broken[:, 0] = float("nan")
     run = knn_train(tmp_path, "--parquet", write_export(tmp_path / "export", broken), *prism_options)
     assert run.code == 1
-    assert run.errors.count("Traceback") <= 2  # a worker's own, which Beam prints where nobody can stop it
+    assert "Traceback" not in run.errors
     assert run.errors.splitlines()[-1].startswith("failed: 1 bad vector, 0 allowed (max_bad_vectors); the first is ")

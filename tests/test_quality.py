@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 import pytest
 
-from transforms import faiss_training
+from transforms import faiss_training, held_out
 from transforms.findings import findings
 from transforms.gate import Gate, LeastRecall
 from transforms.memory import index_memory
@@ -151,6 +151,14 @@ def test_without_vectors_to_hold_out_trained_ones_are_queries_but_not_their_own_
     assert "held_out" not in quality["error"]
     # A code tells a query from its own copy no better than from a neighbour: with itself it would always find one.
     assert measured(request(encoder=PQ), trained=9_000)["at"]["measured"]["10"] < 0.9
+
+
+@pytest.mark.parametrize("trained", [9_000, 8_900, 6_000])
+def test_the_base_has_its_size_for_any_sample(monkeypatch: pytest.MonkeyPatch, trained: int) -> None:
+    monkeypatch.setattr(held_out, "BASE_VALUES", 2_000 * D)
+    quality = measured(request(encoder=PQ), trained=trained)
+    assert quality["vectors"]["base"] == max(2_000, quality["vectors"]["held_out"])
+    assert quality["at"]["expected"]["10"] < quality["at"]["measured"]["10"]  # there are three to four times as many
 
 
 def test_the_evaluation_normalises_what_the_plugin_normalises() -> None:

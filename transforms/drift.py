@@ -56,17 +56,14 @@ def drift(
 
 
 def _explained(vectors: np.ndarray, parts: list[np.ndarray]) -> float:
-    unpacked = vectors.dtype == np.uint8
-    total = between = 0.0
-    mean: np.ndarray | float = 0.0
-    means, spreads = [], 0.0
+    packed = vectors.dtype == np.uint8
+    means, inside = [], 0.0
     for part in parts:
-        rows = (np.unpackbits(vectors[part], axis=1) if unpacked else vectors[part]).astype(np.float64)
+        rows = (np.unpackbits(vectors[part], axis=1) if packed else vectors[part]).astype(np.float64)
         means.append(rows.mean(axis=0))
-        spreads += float(((rows - means[-1]) ** 2).sum())
-    sizes = np.array([len(part) for part in parts])
-    mean = np.average(means, axis=0, weights=sizes)
-    between = float((sizes * ((np.array(means) - mean) ** 2).sum(axis=1)).sum())
-    total = between + spreads
-    within = spreads / (sizes.sum() - len(parts))
-    return max(0.0, (between - (len(parts) - 1) * within) / (total + within)) if total else 0.0
+        inside += float(((rows - means[-1]) ** 2).sum())
+    sizes = [len(part) for part in parts]
+    between = float(sizes @ ((means - np.average(means, axis=0, weights=sizes)) ** 2).sum(axis=1))
+    chance = inside / (len(vectors) - len(parts))  # what one part less would bring by itself
+    total = between + inside + chance
+    return max(0.0, (between - (len(parts) - 1) * chance) / total) if total else 0.0

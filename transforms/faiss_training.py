@@ -191,8 +191,7 @@ def estimate_memory(request: TrainingRequest, count: int, held_out: int = 0) -> 
     bytes its float copy; for IVF an assignment of 12 bytes a vector, the centroids three times, and the larger of the
     subset that k-means draws from more than 256 nlist vectors and, for IVF-PQ, the residuals of the encoder's subset
     with that subset itself, if it is one. Binary indexes decode 32 768 vectors to floats at a time. The sample's
-    priorities, positions and order take 48 bytes a vector while it is
-    loaded.
+    priorities, positions and order take 48 bytes a vector while it is loaded.
     """
     dimension = request.trained_dimension
     if request.data_type == "binary":

@@ -55,18 +55,17 @@ class Split:
         }
 
 
-def split_sample(vectors: np.ndarray, trained: int, everything: bool) -> Split:
+def split_sample(vectors: np.ndarray, trained: int) -> Split:
     """Queries and base of a sample.
 
     Args:
       vectors: (n, columns), those trained on first.
       trained: how many those are.
-      everything: these are all vectors of the source, so all are to be searched.
     """
     left = len(vectors) - trained
     queries = min(_MOST_QUERIES, left // 11)
     if queries < FEWEST_QUERIES:
-        first = 0 if everything else _first(vectors, trained, len(vectors))
+        first = _first(vectors, trained, len(vectors))
         return Split(vectors, trained, first, len(vectors), vectors[first : first + _MOST_QUERIES], True)
     last = len(vectors) - queries
     return Split(vectors, trained, _first(vectors, trained, last), last, vectors[last:], False)

@@ -94,7 +94,7 @@ def evaluate(
     if request.normalize:
         normalisation = _normalisation(vectors[trained:], norms, request)
         faiss.normalize_L2(vectors[trained:])
-    split = split_sample(vectors, trained, len(vectors) >= corpus)
+    split = split_sample(vectors, trained)
     first = split.first
     progress("evaluate", 0, 3)
     told: dict[str, Any] = {"vectors": split.counts(corpus)}

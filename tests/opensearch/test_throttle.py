@@ -222,7 +222,7 @@ def test_pages_of_wide_vectors_stay_small(index):
 def test_pages_of_documents_with_many_vectors_get_fewer_of_them(index):
     create(index, "many-parts", {"parts": {"type": "nested", "properties": {"vec": knn_vector(64)}}})
     # One vector in each of the first documents, many in the last ones: half of what their pages were meant for.
-    parts = [np.random.default_rng(n).standard_normal((count, 64)) for n, count in enumerate([1] * 300 + [100] * 200)]
+    parts = [np.random.default_rng(n).standard_normal((count, 64)) for n, count in enumerate([1] * 300 + [110] * 200)]
     put(index, "many-parts", [{"parts": [{"vec": row} for row in each.tolist()]} for each in parts], batch=100)
     with CountingProxy(index.url) as proxy:
         source_ = source(index, "many-parts", 64, "parts.vec", url=proxy.url, slices_wanted=1, max_requests_in_flight=1)
