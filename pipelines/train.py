@@ -386,6 +386,8 @@ def main() -> None:
         return
     # When we exit, Beam warns that it "really destroys" the job servers that it started.
     logging.getLogger("apache_beam.utils.subprocess_server").setLevel(logging.ERROR)
+    # Its workers in this process log how they are torn down, at any time after the run.
+    logging.getLogger("apache_beam.runners.worker").setLevel(logging.CRITICAL)
     try:
         run()
     except RequestError as error:
