@@ -20,6 +20,7 @@ from transforms.files import read_whole, write_whole
 from transforms.model import CREATED, FAILED, metadata, sha256
 from transforms.model_files import ModelFiles, WrittenModel
 from transforms.opensearch.writing import WriteToModelIndexResult
+from transforms.recall import searched_with
 
 #: The two steps that report.
 WRITTEN, PUBLISHED = "written", "published"
@@ -177,9 +178,8 @@ def _quality_rows(quality: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if quality is None:
         return []
     at, memory = quality["at"], quality["memory"]
-    where = f"nprobes {at['nprobes']}" if "nprobes" in at else f"ef_search {at['ef_search']}"
     shares = ", ".join(f"{share:.3f} @{k} (measured {at['measured'][k]:.3f})" for k, share in at["expected"].items())
-    rows = [("recall to expect", f"{shares}, {where}")]
+    rows = [("recall to expect", f"{shares}, {searched_with(at)}")]
     if "lists" in quality:
         lists = quality["lists"]
         rows.append(("inverted lists", f"imbalance {lists['imbalance_factor']:.2f}, {lists['empty']:,} empty"))

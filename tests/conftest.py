@@ -13,6 +13,7 @@ import pytest
 from tests.opensearch_home import Missing
 from tests.opensearch_security import SecureOpenSearchServer
 from tests.opensearch_server import OpenSearchServer
+from tests.runners.job import vectors, write_export
 
 Server = TypeVar("Server", bound=OpenSearchServer)
 
@@ -38,6 +39,12 @@ def opensearch(request: pytest.FixtureRequest) -> OpenSearchServer:
 def opensearch_secure() -> Iterator[SecureOpenSearchServer]:
     """2.19.1 with TLS and users; for 3.x the security plugin is not published."""
     yield from _served(SecureOpenSearchServer)
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The Parquet files of the job that every runner is given; nobody changes them."""
+    return write_export(tmp_path_factory.mktemp("job") / "export", vectors())
 
 
 def _served(make: Callable[[], Server]) -> Iterator[Server]:

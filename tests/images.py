@@ -16,7 +16,8 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,10 @@ import pytest
 from tests.object_store import object_store
 from tests.opensearch_home import Missing
 from tests.opensearch_server import die_with_parent
-from tests.runners import CACHE, CHECKOUT, call, flink_cluster, go_install, required
+from tests.runners import CACHE, CHECKOUT, call, go_install, required
 from tests.runners.flink_cluster import FlinkCluster
-from tests.runners.job import REQUEST, knn_train, vectors, write_export
-from tests.test_object_store import S3
+from tests.runners.job import REQUEST, knn_train
+from tests.test_object_store import train
 
 PYTHON, SDK = "python:3.11-slim-bookworm", "apache/beam_python3.11_sdk:2.77.0"
 LAUNCHER = re.compile(r"^(FROM gcr\.io/dataflow-templates-base/|COPY --from=launcher ).*\n", re.MULTILINE)
@@ -41,26 +42,28 @@ def docker(*words: str, **options: object) -> str:
     return call(["docker", *words], env=ENVIRONMENT, **options).strip()
 
 
-@pytest.fixture(scope="session")
-def daemon() -> Iterator[None]:
-    with required(_daemon):
-        yield
+def answers() -> bool:
+    return subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
 
 
-def _daemon() -> object:
+def dockerd() -> str | None:
+    """The program to start; None if a daemon answers already."""
     if shutil.which("docker") is None:
         raise Missing("docker is not on PATH")
-    return _running_daemon()
-
-
-@contextmanager
-def _running_daemon() -> Iterator[None]:
-    if subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0:
-        yield
-        return
+    if answers():
+        return None
     program = shutil.which("dockerd", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None or os.geteuid():
-        pytest.skip("no Docker daemon answers, and to start one takes root and dockerd")
+        raise Missing("no Docker daemon answers, and to start one takes root and dockerd")
+    return program
+
+
+@pytest.fixture(scope="session")
+def daemon() -> Iterator[None]:
+    program = required(dockerd)
+    if program is None:
+        yield
+        return
     home = CACHE / "docker"
     home.mkdir(parents=True, exist_ok=True)
     places = ["--data-root", str(home / "data"), "--exec-root", str(home / "exec"), "--pidfile", str(home / "pid")]
@@ -70,7 +73,7 @@ def _running_daemon() -> Iterator[None]:
         process = subprocess.Popen([program, *places, *alone], stdout=log, stderr=log, preexec_fn=die_with_parent())
     try:
         deadline = time.monotonic() + 60
-        while subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
+        while not answers():
             assert process.poll() is None and time.monotonic() < deadline, (home / "log").read_text()[-2000:]  # noqa: PT018
             time.sleep(0.5)
         yield
@@ -86,14 +89,14 @@ def bases(daemon: None, tmp_path_factory: pytest.TempPathFactory) -> None:
         if docker("images", "--quiet", name):
             continue
         if subprocess.run(["docker", "pull", "--quiet", name], capture_output=True, check=False).returncode:
-            make(tmp_path_factory.mktemp("base"))
+            required(partial(make, tmp_path_factory.mktemp("base")))
             print(f"{name}: made here, as it cannot be pulled")
 
 
 def _python(folder: Path) -> None:
     """Debian's Python with pip under the names that Python's own image has."""
     if shutil.which("debootstrap") is None:
-        pytest.skip("the base images can neither be pulled nor, without debootstrap, be made")
+        raise Missing("the base images can neither be pulled nor, without debootstrap, be made")
     root, sources = folder / "root", call(["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)"])
     mirror = next(line.split()[0] for line in sources.splitlines() if line.endswith(" bookworm"))
     packages = "python3,python3-pip,python3-venv,ca-certificates"
@@ -124,11 +127,6 @@ def build(template: str, tmp_path: Path) -> str:
     size = int(docker("inspect", "--format", "{{.Size}}", name))
     print(f"{name}: {size / 1e6:,.0f} MB on {platform.machine()}")
     return name
-
-
-@pytest.fixture(scope="session")
-def export(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_export(tmp_path_factory.mktemp("images") / "export", vectors())
 
 
 @pytest.fixture(scope="session")
@@ -180,41 +178,30 @@ def test_dataflow_without_its_launcher(bases: None, shared: Path, tmp_path: Path
     assert listed.splitlines() == ["/opt/apache/beam/boot", "/opt/knn-train/launch.py"]
 
 
-def test_flink_with_pools_of_workers_in_containers(
-    flink_image: str, shared: Path, export: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flink_with_pools_of_workers_in_containers(flink_image: str, shared: Path, export: str, tmp_path: Path) -> None:
     """As the template has it: submitter and pool are the same image, and share a volume."""
-    monkeypatch.setattr(flink_cluster, "TASK_MANAGERS", 1)
     pool = docker("run", "--detach", "--network=host", f"--volume={shared}:/shared", flink_image, "--worker_pool")
     try:
-        with closing(FlinkCluster()) as cluster:
+        with closing(FlinkCluster(1)) as cluster:
             cluster.start()
-            (endpoint,) = [option for option in cluster.options if option.startswith("--job_endpoint")]
             external = ["--environment_type=EXTERNAL", "--environment_config=localhost:50000", "--parallelism=1"]
-            submit = ["--entrypoint=knn-train", flink_image, *WORDS, "--runner=PortableRunner", endpoint, *external]
-            print(in_container(shared, *submit))
+            submit = [*WORDS, "--runner=PortableRunner", cluster.job_endpoint, *external]
+            print(in_container(shared, "--entrypoint=knn-train", flink_image, *submit))
     finally:
         docker("rm", "--force", pool)
     assert sha256(shared) == knn_train(tmp_path / "local", "--parquet", export).checked().blob_sha256
 
 
-def test_flink_with_docker_environments(
-    flink_image: str, export: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flink_with_docker_environments(flink_image: str, export: str, tmp_path: Path) -> None:
     """Containers that Flink starts have no volume: what they share is an object store."""
-    monkeypatch.setattr(flink_cluster, "TASK_MANAGERS", 1)
     expected = knn_train(tmp_path / "local", "--parquet", export).checked()
-    with object_store(tmp_path / "store.log") as store, closing(FlinkCluster()) as cluster:
+    with object_store(tmp_path / "store.log") as store, closing(FlinkCluster(1)) as cluster:
         cluster.start()
-        for path in Path(export).parent.glob("*.parquet"):
-            store.put(f"export/{path.name}", path)
-        (endpoint,) = [option for option in cluster.options if option.startswith("--job_endpoint")]
-        where = [f"--parquet={S3}/export/*.parquet", f"--model_dir={S3}/models", f"--temp_location={S3}/temp"]
+        store.put("export", export)
         docker_ = ["--environment_type=DOCKER", f"--environment_config={flink_image}", "--parallelism=1"]
-        (tmp_path / "request.json").write_text(json.dumps(REQUEST))
-        given = [f"--request={tmp_path}/request.json", "--model_id=model", "--seed=5", *where, *store.flags]
-        flags = ["--runner=PortableRunner", endpoint, *docker_]
-        print(call([str(CHECKOUT / ".venv/bin/knn-train"), *given, *flags], env=ENVIRONMENT))
+        ran = train(tmp_path, *store.flags, "--runner=PortableRunner", cluster.job_endpoint, *docker_)
+        assert ran.returncode == 0, ran.stderr
+        print(ran.stdout)
         description = json.loads(store.read("models/model/model.json"))
         assert store.list("temp") == []
     assert description["provenance"]["blob_sha256"] == expected.blob_sha256

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import subprocess
 import sys
 import time
@@ -42,8 +44,10 @@ class ObjectStore:
         keys = {"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key}
         return {"AWS_ENDPOINT_URL": self.url, "AWS_DEFAULT_REGION": "us-east-1", **keys}
 
-    def put(self, name: str, file: Path) -> None:
-        self._client().upload_file(str(file), BUCKET, name)
+    def put(self, prefix: str, pattern: str) -> None:
+        """Copies the files that match a glob."""
+        for path in glob.glob(pattern):
+            self._client().upload_file(path, BUCKET, f"{prefix}/{os.path.basename(path)}")
 
     def list(self, prefix: str = "") -> list[str]:
         found = self._client().list_objects_v2(Bucket=BUCKET, Prefix=prefix)

@@ -22,7 +22,7 @@ from tests.opensearch.support import Proxy, fill, open_contexts
 from tests.opensearch_server import OpenSearchServer
 from tests.runners import CHECKOUT, flink_cluster, required
 from tests.runners.flink_cluster import FlinkCluster
-from tests.runners.job import REQUEST, Job, Run, knn_train, start_knn_train, vectors, write_export
+from tests.runners.job import REQUEST, Job, Run, knn_train, start_knn_train, vectors
 from transforms.errors import RequestError
 from transforms.model_files import ModelFiles
 from transforms.vectors import MAX_BLOCK_BYTES
@@ -37,11 +37,6 @@ def cluster() -> Iterator[FlinkCluster]:
         cluster.start()
         print(f"\nFlink: {cluster.overview()} after {time.monotonic() - start:.1f} s")
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_export(tmp_path_factory.mktemp("flink") / "export", vectors())
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +69,7 @@ def test_a_job_server_that_beam_starts(cluster: FlinkCluster, export: str, tmp_p
     expected = knn_train(tmp_path / "local", "--parquet", export).checked()
     jar = flink_cluster.job_server_jar(tmp_path)
     runner = ["--runner=FlinkRunner", f"--flink_master=localhost:{cluster.rest_port}", f"--flink_job_server_jar={jar}"]
-    environment = [option for option in cluster.options if option.startswith(("--environment", "--parallelism"))]
-    run = knn_train(tmp_path / "flink", "--parquet", export, PACKAGE, *runner, *environment).checked()
+    run = knn_train(tmp_path / "flink", "--parquet", export, PACKAGE, *runner, *cluster.environment).checked()
     told("Parquet, Flink, Beam's own job server", run)
     assert run.blob_sha256 == expected.blob_sha256
 

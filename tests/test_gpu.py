@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ def request(space_type: str = "l2", encoder: dict[str, Any] | None = None, **fie
     )
 
 
+def vectors_for(wanted: TrainingRequest) -> np.ndarray:
+    return VECTORS if wanted.data_type == "float" else np.clip(40 * VECTORS, -128, 127).astype(np.int8)
+
+
 PQ = {"name": "pq", "parameters": {"m": 8, "code_size": 6}}
+GRAPH = {"name": "hnsw", "engine": "faiss", "parameters": {"encoder": {"name": "pq", "parameters": {"m": 4}}}}
 
 
 @pytest.fixture
@@ -62,7 +68,7 @@ KINDS = {
 def test_centroids_come_back_from_the_gpu(
     wanted: TrainingRequest, gpu: list[faiss.Index], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vectors = VECTORS if wanted.data_type == "float" else np.clip(40 * VECTORS, -128, 127).astype(np.int8)
+    vectors = vectors_for(wanted)
     history: list[dict[str, float]] = []
     blob = faiss_training.train(vectors.copy(), wanted, 2, history=history)
     assert [index.ntotal for index in gpu] == [LISTS]
@@ -76,10 +82,8 @@ def test_centroids_come_back_from_the_gpu(
 
 
 def test_binary_and_graph_models_use_none(gpu: list[faiss.Index]) -> None:
-    encoder = {"name": "pq", "parameters": {"m": 8, "code_size": 8}}
-    graph = {"name": "hnsw", "engine": "faiss", "space_type": "l2", "parameters": {"encoder": encoder}}
     binary = request("hamming", data_type="binary")
-    for wanted, vectors in ((request(method=graph), VECTORS), (binary, np.packbits(VECTORS > 0, axis=1))):
+    for wanted, vectors in ((request(method=GRAPH), VECTORS), (binary, np.packbits(VECTORS > 0, axis=1))):
         assert faiss_training.usable_gpus(wanted) == 0
         faiss_training.train(vectors.copy(), wanted, 2)
     assert gpu == []
@@ -88,7 +92,7 @@ def test_binary_and_graph_models_use_none(gpu: list[faiss.Index]) -> None:
 @pytest.mark.skipif(not faiss.get_num_gpus(), reason="faiss sees no GPU: this needs one, and a faiss built for it")
 @pytest.mark.parametrize("wanted", KINDS.values(), ids=KINDS)
 def test_a_real_gpu_trains_as_well(wanted: TrainingRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors = VECTORS if wanted.data_type == "float" else np.clip(40 * VECTORS, -128, 127).astype(np.int8)
+    vectors = vectors_for(wanted)
     histories: list[list[dict[str, float]]] = [[], []]
     faiss_training.train(vectors.copy(), wanted, 2, history=histories[0])
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
@@ -120,12 +124,10 @@ def test_without_a_gpu_the_model_is_the_same_and_says_so(
             "accelerator is 't4', expected a type and a count, as 'type:nvidia-tesla-t4;count:1;",
         ),
         (["--accelerator", "type:t4;count:0"], "accelerator is 'type:t4;count:0', expected"),
-        (["--accelerator", ACCELERATOR, "--method", '{"name": "hnsw"}'], "accelerator is 'type.* has no use for one"),
+        (["--accelerator", ACCELERATOR, "--method", json.dumps(GRAPH)], "accelerator is 'type.* has no use for one"),
     ],
 )
 def test_bad_accelerators(work: Path, export: str, words: list[str], message: str) -> None:  # noqa: F811
-    encoder = '{"name": "hnsw", "engine": "faiss", "parameters": {"encoder": {"name": "pq", "parameters": {"m": 4}}}}'
-    words = [encoder if word.startswith("{") else word for word in words]
     with pytest.raises(RequestError, match=message):
         train.run(arguments(work, export, *words))
     assert not (work / "models").exists()

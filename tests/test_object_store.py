@@ -12,23 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.object_store import BUCKET, ObjectStore, object_store
+from tests.object_store import BUCKET, ObjectStore, moto_server, object_store
 from tests.runners import required
-from tests.runners.job import REQUEST, knn_train, vectors, write_export
+from tests.runners.job import REQUEST, knn_train
 
 S3 = f"s3://{BUCKET}"
 
 
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_export(tmp_path_factory.mktemp("store") / "export", vectors())
-
-
 @pytest.fixture
 def store(tmp_path: Path, export: str) -> Iterator[ObjectStore]:
-    with required(lambda: object_store(tmp_path / "store.log")) as store:
-        for path in Path(export).parent.glob("*.parquet"):
-            store.put(f"export/{path.name}", path)
+    required(moto_server)
+    with object_store(tmp_path / "store.log") as store:
+        store.put("export", export)
         yield store
 
 

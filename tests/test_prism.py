@@ -17,11 +17,6 @@ def prism_options() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_export(tmp_path_factory.mktemp("runners") / "export", vectors())
-
-
-@pytest.fixture(scope="module")
 def expected(export: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """SHA-256 of the model that the local runner trains."""
     return knn_train(tmp_path_factory.mktemp("local"), "--parquet", export).checked().blob_sha256

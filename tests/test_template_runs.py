@@ -24,7 +24,7 @@ from tests import template_env
 from tests.google_cloud import GoogleCloud
 from tests.opensearch.support import fill
 from tests.opensearch_server import OpenSearchServer
-from tests.runners import flink_cluster, go_install, required
+from tests.runners import go_install, required
 from tests.runners.flink_cluster import FlinkCluster, free_ports
 from tests.template_commands import in_manifests, launch_parameters
 from tests.template_env import TEMPLATES
@@ -155,20 +155,18 @@ def worker_pool(python: Path, log: Path) -> Iterator[int]:
         pool.wait()
 
 
-def test_flink(products: OpenSearchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flink(products: OpenSearchServer, tmp_path: Path) -> None:
     """The submitter's command and a pool of workers beside one task manager: two cannot share one on a machine."""
     python = required(template_env.image_python)
-    monkeypatch.setattr(flink_cluster, "TASK_MANAGERS", 1)
     (tmp_path / "request.json").write_text(json.dumps(REQUEST))
     (tmp_path / "temp").mkdir()
     (command,) = [each for each in in_manifests() if each.where.startswith("flink/") and each.words[0] == "knn-train"]
-    with closing(required(FlinkCluster)) as cluster, worker_pool(python, tmp_path / "pool.log") as port:
+    with closing(required(lambda: FlinkCluster(1))) as cluster, worker_pool(python, tmp_path / "pool.log") as port:
         cluster.start()
-        (endpoint,) = [option for option in cluster.options if option.startswith("--job_endpoint")]
         here = {
             "--request=/etc/knn-train": f"--request={tmp_path}",
             "=/shared": f"={tmp_path}",
-            "--job_endpoint=localhost:8099": endpoint,
+            "--job_endpoint=localhost:8099": cluster.job_endpoint,
             "=localhost:50000": f"=localhost:{port}",
             "--parallelism=4": "--parallelism=1",
         }

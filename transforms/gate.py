@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transforms.errors import RequestError
-from transforms.recall import DEPTHS
+from transforms.recall import DEPTHS, searched_with
 from transforms.request import TrainingRequest
 
 _RECALL = re.compile(r"(?P<share>\d*\.?\d+)@(?P<k>\d+)(?:/nprobes=(?P<nprobes>\d+))?")
@@ -99,7 +99,6 @@ class Gate:
         row = quality["at"]
         if bar.nprobes is not None:
             row = next(row for row in quality["recall"] if row["nprobes"] == bar.nprobes)
-        at = f"nprobes {row['nprobes']}" if "nprobes" in row else f"ef_search {row['ef_search']}"
         value = row["expected"].get(str(bar.k))
         if value is None:
             return [
@@ -107,4 +106,4 @@ class Gate:
             ]
         if value >= bar.share:
             return []
-        return [f"min_recall is {bar.share:g}@{bar.k} but recall@{bar.k} is {value:.3f} with {at}"]
+        return [f"min_recall is {bar.share:g}@{bar.k} but recall@{bar.k} is {value:.3f} with {searched_with(row)}"]

@@ -103,17 +103,16 @@ def lists(index: faiss.IndexIVF | faiss.IndexBinaryIVF) -> dict[str, Any]:
 
 
 def norms(parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Lengths of the rows of some matrices: mean, standard deviation and 21 quantiles, by the matrices' names."""
-    told: dict[str, Any] = {}
-    for name, rows in parts.items():
-        if len(rows):
-            lengths = lengths_of(rows)
-            told[name] = {
-                "mean": float(lengths.mean()),
-                "deviation": float(lengths.std()),
-                "quantiles": [float(value) for value in np.quantile(lengths, np.linspace(0, 1, 21))],
-            }
-    return told
+    """Mean, standard deviation and 21 quantiles of some arrays of lengths, by the arrays' names."""
+    return {
+        name: {
+            "mean": float(lengths.mean()),
+            "deviation": float(lengths.std()),
+            "quantiles": [float(value) for value in np.quantile(lengths, np.linspace(0, 1, 21))],
+        }
+        for name, lengths in parts.items()
+        if len(lengths)
+    }
 
 
 def lengths_of(rows: np.ndarray) -> np.ndarray:

@@ -88,8 +88,8 @@ def evaluate(
     start = time.monotonic()
     if threads:
         faiss.omp_set_num_threads(threads)
-    norms = _norms(vectors, trained, request)
-    lengths = None if request.data_type == "binary" else index_statistics.lengths_of(vectors[trained:][:_ERROR_ROWS])
+    lengths = _lengths(vectors, trained, request)
+    norms = index_statistics.norms(lengths)
     normalisation = None
     if request.normalize:
         normalisation = _normalisation(vectors[trained:], norms, request)
@@ -117,7 +117,7 @@ def evaluate(
     if previous is not None:
         told["previous"] = of_another(previous, true, split, request, corpus)
     if positions is not None:
-        by_position = _drift(each_row, positions, vectors, lengths, request, trained, first)
+        by_position = _drift(each_row, positions, vectors, lengths, trained, first)
         if by_position is not None:
             told["drift"] = by_position
     if request.nlist is not None:
@@ -206,32 +206,30 @@ def _drift(
     each_row: Mapping[str, np.ndarray],
     positions: np.ndarray,
     vectors: np.ndarray,
-    lengths: np.ndarray | None,
-    request: TrainingRequest,
+    lengths: Mapping[str, np.ndarray],
     trained: int,
     first: int,
 ) -> dict[str, Any] | None:
     """Drift as the vectors that were held out show it, or else those that were trained on."""
     if "held_out" in each_row:
         errors, start = each_row["held_out"], trained
-        lengths = None if lengths is None else lengths[: len(errors)]
+        own = lengths["held_out"][: len(errors)] if "held_out" in lengths else None
     else:
         errors, start = each_row["training"], first
-        lengths = None  # those of cosinesimil have become unit vectors
-        if request.data_type != "binary" and not request.normalize:
-            lengths = index_statistics.lengths_of(vectors[start : start + len(errors)])
+        # Other rows of those trained on: the base has the last of them.
+        own = index_statistics.lengths_of(vectors[start:][: len(errors)]) if "training" in lengths else None
     rows = slice(start, start + len(errors))
-    return drift(positions[rows], vectors[rows], errors, lengths)
+    return drift(positions[rows], vectors[rows], errors, own)
 
 
-def _norms(vectors: np.ndarray, trained: int, request: TrainingRequest) -> dict[str, Any]:
+def _lengths(vectors: np.ndarray, trained: int, request: TrainingRequest) -> dict[str, np.ndarray]:
     """Lengths of the vectors as they were read: those held out, and those trained on unless they were normalised."""
     if request.data_type == "binary":
         return {}
     parts = {"held_out": vectors[trained:][:_ERROR_ROWS]}
     if not request.normalize:
         parts["training"] = vectors[:trained][:_ERROR_ROWS]
-    return index_statistics.norms(parts)
+    return {name: index_statistics.lengths_of(rows) for name, rows in parts.items()}
 
 
 def _normalisation(raw: np.ndarray, norms: Mapping[str, Any], request: TrainingRequest) -> dict[str, float] | None:

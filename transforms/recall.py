@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,11 @@ CURVE = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 50, 63, 80, 100)
 
 # Two distances that differ by less, relatively, are one: of duplicates it does not matter which is found.
 _SAME = 1e-6
+
+
+def searched_with(row: Mapping[str, Any]) -> str:
+    """How an entry of a model's `recall` was searched, in words."""
+    return f"nprobes {row['nprobes']}" if "nprobes" in row else f"ef_search {row['ef_search']}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from transforms.findings import findings
+from transforms.recall import searched_with
 from transforms.svg import Chart, number
 
 Json = Mapping[str, Any]
@@ -44,9 +45,8 @@ def html(model: Json) -> str:
 
 def _figures(quality: Json, told: Json) -> str:
     at, memory, vectors = quality["at"], quality["memory"], quality["vectors"]
-    where = f"nprobes {at['nprobes']}" if "nprobes" in at else f"ef_search {at['ef_search']}"
     figures = [
-        (f"{share:.2f}", f"recall@{k} to expect", f"± {2 * at['standard_error'][k]:.2f}, {where}")
+        (f"{share:.2f}", f"recall@{k} to expect", f"± {2 * at['standard_error'][k]:.2f}, {searched_with(at)}")
         for k, share in at["expected"].items()
     ]
     figures += [
@@ -81,10 +81,9 @@ def _said(quality: Json) -> str:
 
 
 def _compared(old: Json, at: Json) -> str:
-    where = f"nprobes {old['nprobes']}" if "nprobes" in old else f"ef_search {old['ef_search']}"
     return (
         f"Error {old['error_of_new']:.5g}, recall@10 to expect {at['expected']['10']:.2f}; on the same vectors "
-        f"{old['model_id']} has {old['error']:.5g} and {old['expected']['10']:.2f} ({where})."
+        f"{old['model_id']} has {old['error']:.5g} and {old['expected']['10']:.2f} ({searched_with(old)})."
     )
 
 

@@ -41,7 +41,6 @@ JOB_SERVER = [
     "org.apache.beam:beam-runners-java-job-service:2.65.0",
     "org.slf4j:slf4j-simple:2.0.16",
 ]
-TASK_MANAGERS = 2
 RESTARTS = 1  # of a job, after a failure; Flink's own default is none
 START_TIMEOUT = 120.0
 
@@ -143,7 +142,8 @@ def find_java() -> str:
 class FlinkCluster:
     """`with closing(FlinkCluster()) as cluster: cluster.start()`; `close` ends all processes, workers too."""
 
-    def __init__(self) -> None:
+    def __init__(self, task_managers: int = 2) -> None:
+        self._size = task_managers
         self._java = find_java()
         self._flink, self._job_server = flink(), job_server()
         boot = go_install("python/container")
@@ -164,27 +164,32 @@ class FlinkCluster:
     @property
     def options(self) -> list[str]:
         """What to tell `knn-train` so that it runs there."""
-        return [
-            "--runner=PortableRunner",
-            f"--job_endpoint=localhost:{self._jobs}",
-            "--environment_type=PROCESS",
-            f"--environment_config={json.dumps({'command': str(self._boot)})}",
-            f"--parallelism={TASK_MANAGERS}",
-        ]
+        return ["--runner=PortableRunner", self.job_endpoint, *self.environment]
+
+    @property
+    def job_endpoint(self) -> str:
+        """The flag that names its job server."""
+        return f"--job_endpoint=localhost:{self._jobs}"
+
+    @property
+    def environment(self) -> list[str]:
+        """The flags that say how its workers are started, and how many."""
+        config = json.dumps({"command": str(self._boot)})
+        return ["--environment_type=PROCESS", f"--environment_config={config}", f"--parallelism={self._size}"]
 
     def start(self) -> None:
         (self._conf / "config.yaml").write_text(self._settings())
         manager, master = "JobManager", f"localhost:{self.rest_port}"
         main = "org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint"
         self._flink_process(manager, main, "GET_JM_RESOURCE_PARAMS", ["--executionMode", "cluster"])
-        for _ in range(TASK_MANAGERS):
+        for _ in range(self._size):
             self.add_task_manager()
         driver = ["org.apache.beam.runners.flink.FlinkJobServerDriver", f"--flink-master={master}"]
         ports = [f"--job-port={self._jobs}", f"--artifact-port={self._artifacts}", "--expansion-port=-1"]
         staging = f"--artifacts-dir={self.run_dir}/artifacts"
         self._process("JobServer", ["-Xmx384m", *JAVA_OPTIONS], f"{self._job_server}/*", [*driver, *ports, staging])
         self._wait("the job server", lambda: _listens(self._jobs))
-        self._wait("the TaskManagers", lambda: self.overview()["slots-total"] == TASK_MANAGERS)
+        self._wait("the TaskManagers", lambda: self.overview()["slots-total"] == self._size)
 
     def add_task_manager(self) -> None:
         """Starts one more. The kernel ends it together with the thread that calls this."""
