@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +118,14 @@ def without(role: Mapping[str, Any], permission: str) -> dict[str, Any]:
     return {"cluster_permissions": rest(role.get("cluster_permissions", [])), "index_permissions": parts}
 
 
-DELETE = ("publisher", "cluster:admin/knn_delete_model_action")  # only missed when something is taken back
+# Only missed when something is taken back: the first always, the others when the plugin reads the model fast.
+DELETE = "cluster:admin/knn_delete_model_action"
+STEPS_OF_DELETE = ["cluster:admin/knn_update_model_graveyard_action", "cluster:admin/knn_update_model_metadata_action"]
 
 
-@pytest.mark.parametrize(("role", "permission"), [each for each in permissions() if each != DELETE])
+@pytest.mark.parametrize(
+    ("role", "permission"), [each for each in permissions() if each[1] not in [DELETE, *STEPS_OF_DELETE]]
+)
 def test_no_permission_is_superfluous(
     secure: SecureOpenSearchServer, admin: Session, as_user: dict[str, Session], role: str, permission: str
 ) -> None:
@@ -152,20 +156,57 @@ def test_what_fails_is_taken_back_where_that_is_permitted(
         raise TrainingError("of no use")
 
     monkeypatch.setattr(publishing._Publication, "_proven", fail)
-    role, permission = DELETE
-    put_role(secure, role, ROLES[role] if may_delete else without(ROLES[role], permission))
+    publisher = ROLES["publisher"]
+    put_role(secure, "publisher", publisher if may_delete else without(publisher, DELETE))
     try:
         with pytest.raises(TrainingError, match="of no use"):
             published(as_user["publisher"], "IVF-Flat", REPLAY)
     finally:
-        put_role(secure, role, ROLES[role])
+        put_role(secure, "publisher", publisher)
     left = temporary_index.find(admin)
     assert [model["model_id"] for model in model_index.list_models(admin)] == [index.model_id for index in left]
     assert len(left) == (0 if may_delete else 1)
     for index in left:
-        assert f"lacks the permission {permission}" in caplog.text
+        assert f"lacks the permission {DELETE}" in caplog.text
         assert "run the same command again, or knn-models cleanup" in caplog.text
         publishing.cleanup(admin, index)
+
+
+@pytest.fixture
+def copies(admin: Session) -> Callable[[int], Iterator[str]]:
+    """Makes models one at a time, each under an id of its own, of one that the cluster trained."""
+    original = published(admin, "IVF-Flat", REPLAY).model_id
+    documents = f"/{model_index.MODEL_INDEX}/_doc"
+    document = admin.json("GET", f"{documents}/{original}")["_source"]
+
+    def make(count: int) -> Iterator[str]:
+        for number in range(count):
+            copy = f"{original}-{number}"
+            admin.json("PUT", f"{documents}/{copy}", {"refresh": "true"}, {**document, "model_id": copy})
+            yield copy
+
+    return make
+
+
+def delete_all(session: Session, model_ids: Iterator[str]) -> None:
+    for model_id in model_ids:
+        assert model_index.delete_model(session, model_id)
+
+
+def test_who_publishes_may_always_delete(copies: Callable[[int], Iterator[str]], as_user: dict[str, Session]) -> None:
+    delete_all(as_user["publisher"], copies(100))
+
+
+@pytest.mark.parametrize("step", STEPS_OF_DELETE)
+def test_deleting_needs_its_steps_now_and_then(
+    secure: SecureOpenSearchServer, copies: Callable[[int], Iterator[str]], as_user: dict[str, Session], step: str
+) -> None:
+    put_role(secure, "publisher", without(ROLES["publisher"], step))
+    try:
+        with pytest.raises(RequestError, match=f"lacks the permission {step}"):
+            delete_all(as_user["publisher"], copies(1000))
+    finally:
+        put_role(secure, "publisher", ROLES["publisher"])
 
 
 @pytest.mark.parametrize(
