@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import faiss
@@ -700,6 +701,16 @@ def test_too_few_vectors(body: dict[str, Any], count: int, message: str) -> None
 
 def test_limits_are_silent_for_an_ordinary_model() -> None:
     assert parse(ivf(encoder("pq", m=8, code_size=8), nlist=1024, body={"dimension": 768})).check_limits() == []
+
+
+def test_refuses_a_model_that_no_document_fits() -> None:
+    bytes_by_cosine = parse(plain(space_type="cosinesimil", data_type="byte"), "3.4.0")
+    message = (
+        "space_type is cosinesimil and data_type byte, but OpenSearch 3.4.0 takes no document for such a model: it "
+        "cannot normalise bytes. For vectors of one length innerproduct is the same; or take data_type float"
+    )
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
+        bytes_by_cosine.check_limits(allow_large_model=True)
 
 
 def test_warns_of_nprobes_that_binary_models_lose() -> None:

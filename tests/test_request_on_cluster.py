@@ -7,6 +7,7 @@ import json
 import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -66,8 +67,10 @@ def refusal(client: OpenSearch, body: dict[str, Any]) -> str:
     return reason
 
 
-def trained(client: OpenSearch, body: dict[str, Any]) -> dict[str, Any]:
-    """The model document the cluster makes of this request."""
+def trained(
+    client: OpenSearch, body: dict[str, Any], use: Callable[[str], None] = lambda model: None
+) -> dict[str, Any]:
+    """The model document the cluster makes of this request; `use` may do something with the model of that id."""
     # An id of its own: for a moment after its deletion the plugin still knows a model.
     model = f"request-{uuid.uuid4()}"
     train(client, body, model)
@@ -76,6 +79,8 @@ def trained(client: OpenSearch, body: dict[str, Any]) -> dict[str, Any]:
     while True:
         document: dict[str, Any] = client.transport.perform_request("GET", path)
         if document["state"] != "training":
+            if document["state"] == "created":
+                use(model)
             client.transport.perform_request("DELETE", path)
             assert (document["state"], document["error"]) == ("created", "")
             return document
@@ -172,6 +177,27 @@ def test_trains_in_the_same_space(
     assert trained(client, body)["space_type"] == request.space_type == space_type
     assert opensearch.trainer.trainings[-1].parameters["spaceType"] == metric
     assert request.inner_product == (metric == "innerproduct")
+
+
+def test_no_document_fits_a_model_for_cosine_of_bytes(opensearch: OpenSearchServer, client: OpenSearch) -> None:
+    """Versions before 3.5 train one, and `check_limits` refuses it: vectors would have to be normalised."""
+    body = with_index(plain(space_type="cosinesimil", data_type="byte"))
+    if opensearch.version != "2.19.1":
+        assert "does not support cosine similarity with byte vectors" in refusal(client, body)
+        return
+
+    def use(model: str) -> None:
+        mapping = {"properties": {"vector": {"type": "knn_vector", "model_id": model}}}
+        client.indices.create(index="cosine-of-bytes", body={"settings": {"index.knn": True}, "mappings": mapping})
+        try:
+            with pytest.raises(TransportError) as caught:
+                client.index(index="cosine-of-bytes", body={"vector": [1] * 16})
+            assert isinstance(caught.value.info, dict)
+            assert caught.value.info["error"]["caused_by"]["reason"] == "Byte array normalization is not supported"
+        finally:
+            client.indices.delete(index="cosine-of-bytes")
+
+    assert trained(client, body, use)["space_type"] == "cosinesimil"
 
 
 def quantise(vectors: np.ndarray, bits: int) -> np.ndarray:

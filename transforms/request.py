@@ -331,6 +331,12 @@ class TrainingRequest:
     def check_limits(self, allow_large_model: bool = False) -> list[str]:
         """Refuses what the API accepts and no cluster can use; returns warnings. Raises RequestError."""
         warnings = []
+        if self.normalize and self.data_type == "byte":
+            raise RequestError(
+                f"space_type is cosinesimil and data_type byte, but OpenSearch {self.target_version} takes no document "
+                "for such a model: it cannot normalise bytes. For vectors of one length innerproduct is the same; or "
+                "take data_type float"
+            )
         code_size = self.code_size
         if code_size is not None and code_size > MAX_CODE_SIZE:
             raise RequestError(
