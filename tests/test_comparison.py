@@ -17,6 +17,10 @@ def request(encoder: dict | None = None, nlist: int = 12, **fields: object) -> T
     return TrainingRequest.from_fields({**body, "method": {"name": "ivf", "engine": "faiss", "parameters": parameters}})
 
 
+def binary(bits: int) -> dict:
+    return {"name": "binary", "parameters": {"bits": bits}}
+
+
 @pytest.mark.parametrize(("text", "gain"), [("2%", 0.02), ("0.02", 0.02), ("0", 0.0), ("12.5%", 0.125)])
 def test_gains(text: str, gain: float) -> None:
     assert parse_gain(text) == pytest.approx(gain)
@@ -48,6 +52,12 @@ def test_nothing_is_trained_where_the_old_model_is_as_good_as_it_was() -> None:
     assert Previous("old", "/x", 100.0, None).still_good(1.0) is None
 
 
+def test_an_error_that_is_no_number_keeps_no_old_model() -> None:
+    previous = Previous("old", "/x", 100.0, 0.02)
+    assert previous.still_good(float("nan")) is None
+    assert previous.kept(100.0, float("nan")) is None
+
+
 def test_the_error_of_its_time_counts_for_the_same_request_only() -> None:
     measured = {"error": {"compared_by": "total", "held_out": {"coarse": 3.0, "total": 1.5}}}
     old = {"model_id": "old", **metadata(request(PQ), CREATED), "quality": measured}
@@ -61,6 +71,7 @@ def test_the_error_of_its_time_counts_for_the_same_request_only() -> None:
     [
         (request(), "has encoder pq, this request flat"),
         (request(PQ, space_type="innerproduct"), "has space_type l2, this request innerproduct"),
+        (request(binary(2)), "has encoder pq, this request binary of 2 bits"),
     ],
 )
 def test_errors_that_measure_different_things_are_not_compared(other: TrainingRequest, message: str) -> None:
@@ -68,3 +79,10 @@ def test_errors_that_measure_different_things_are_not_compared(other: TrainingRe
     check_comparable(old, request(PQ, nlist=99))
     with pytest.raises(RequestError, match=message):
         check_comparable(old, other)
+
+
+def test_errors_in_different_bits_are_not_compared() -> None:
+    old = {"model_id": "old", **metadata(request(binary(1)), CREATED)}
+    check_comparable(old, request({"name": "binary"}))
+    with pytest.raises(RequestError, match="has encoder binary of 1 bits, this request binary of 2 bits"):
+        check_comparable(old, request(binary(2)))

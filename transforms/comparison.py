@@ -17,6 +17,9 @@ FEWEST_VECTORS = 100
 # What must be equal for two models to be of one request: the fields of a model's description that decide its bytes.
 _SAME_REQUEST = ("space_type", "dimension", "data_type", "model_definition")
 
+# Bits a dimension of encoders that differ by them, where a model says nothing: sq was fp16 before it had any.
+_DEFAULT_BITS = {"binary": 1, "sq": 16}
+
 
 @dataclass(frozen=True)
 class Previous:
@@ -44,7 +47,7 @@ class Previous:
         Args:
           error: of the old model on held-out vectors of today.
         """
-        if self.least_gain is None or self.error is None or error > self.error * (1 + self.least_gain):
+        if self.least_gain is None or self.error is None or not error <= self.error * (1 + self.least_gain):
             return None
         return (
             f'model "{self.model_id}" is kept: its error is {error:.5g}, {_change(error, self.error)} than when it was '
@@ -53,7 +56,7 @@ class Previous:
 
     def kept(self, old: float, new: float) -> str | None:
         """Why the old model is kept now that there is a new one, in words, or None."""
-        if self.least_gain is None or new < old * (1 - self.least_gain):
+        if self.least_gain is None or not new >= old * (1 - self.least_gain):
             return None
         return (
             f'model "{self.model_id}" is kept: its error is {old:.5g}, that of a new model {new:.5g}, '
@@ -87,15 +90,23 @@ def own_error(description: Mapping[str, Any], new: Mapping[str, Any]) -> float |
 def check_comparable(description: Mapping[str, Any], request: TrainingRequest) -> None:
     """Raises RequestError unless errors of the old model and of one of `request` measure the same thing."""
     wanted = {"space_type": request.space_type, "dimension": request.dimension, "data_type": request.data_type}
-    wanted["encoder"] = request.method.encoder.name
-    parameters = description["model_definition"].get("parameters", {})
-    found = {**description, "encoder": parameters.get("encoder", {"name": "flat"})["name"]}
+    wanted["encoder"] = _encoder(request.model_definition)
+    found = {**description, "encoder": _encoder(description["model_definition"])}
     for name, value in wanted.items():
         if found.get(name) != value:
             raise RequestError(
                 f'compare_to: model "{description["model_id"]}" has {name} {found.get(name)}, this request {value}: '
                 "their errors cannot be compared"
             )
+
+
+def _encoder(definition: Mapping[str, Any]) -> str:
+    """The encoder in a model definition, with its bits where an error is counted in them."""
+    encoder = definition.get("parameters", {}).get("encoder", {"name": "flat"})
+    name = encoder["name"]
+    if name not in _DEFAULT_BITS:
+        return str(name)
+    return f"{name} of {encoder.get('parameters', {}).get('bits', _DEFAULT_BITS[name])} bits"
 
 
 def _change(new: float, old: float) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from transforms import files, spill
-from transforms.comparison import Previous
+from transforms.comparison import FEWEST_VECTORS, Previous
 from transforms.errors import TrainingError
 from transforms.files import is_local, read_whole
 from transforms.request import TrainingRequest
@@ -192,6 +192,11 @@ def run(job: TrainingJob, progress: Progress) -> tuple[bytes | None, dict[str, A
     told: dict[str, Any] = {"vectors": len(training), "held_out": len(held_out), "seconds": seconds}
     old = old_error = None
     if job.previous is not None:
+        if len(held_out) < FEWEST_VECTORS:
+            raise TrainingError(
+                f"compare_to needs {FEWEST_VECTORS} vectors or more that are not trained on, but {len(held_out)} of "
+                f"{len(vectors):,} are left: lower max_training_vector_count"
+            )
         start = time.monotonic()
         old = read_whole(job.previous.path)
         old_error = quality.quantization_error(old, request, held_out)
