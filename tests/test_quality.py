@@ -12,7 +12,7 @@ from transforms import faiss_training, held_out
 from transforms.findings import findings
 from transforms.gate import Gate, LeastRecall
 from transforms.memory import index_memory
-from transforms.quality import evaluate, hold_out, quantization_error
+from transforms.quality import EVAL_VECTORS, evaluate, hold_out, quantization_error
 from transforms.request import TrainingRequest
 
 D = 16
@@ -83,8 +83,9 @@ def test_every_kind_of_model_is_measured(wanted: TrainingRequest, vectors: np.nd
 
 @pytest.mark.parametrize(("wanted", "vectors"), KINDS.values(), ids=KINDS)
 def test_a_model_compared_with_itself_has_its_own_recall(wanted: TrainingRequest, vectors: np.ndarray) -> None:
-    blob = faiss_training.train(vectors[:TRAINED].copy(), wanted, 2)
-    quality = evaluate(blob, wanted, vectors.copy(), TRAINED, 12_000, threads=2, previous=blob)
+    vectors = vectors.copy()
+    blob = faiss_training.train(vectors[:TRAINED], wanted, 2)
+    quality = evaluate(blob, wanted, vectors, TRAINED, 12_000, threads=2, previous=blob)
     own = {name: value for name, value in quality["at"].items() if name not in ("standard_error", "graph")}
     assert set(quality["previous"]) == set(own)
     for name, value in own.items():
@@ -133,6 +134,24 @@ def test_recall_and_errors_are_those_that_faiss_gives() -> None:
     assert sorted(quality["lists"]["sizes"]["vectors"]) == sorted(sizes.tolist())
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_search_of_all_bits_finds_all_neighbours(own: bool) -> None:
+    """Of so few bits many vectors are as far away as the last neighbour; it does not matter which are found."""
+    wanted = request(data_type="binary", space_type="hamming")
+    vectors = np.packbits(FLOATS > 0, axis=1)
+    at = measured(wanted, vectors, len(vectors) if own else TRAINED, nprobes=[12])["recall"][-1]
+    assert at["nprobes"] == 12
+    assert set(at["measured"].values()) == {1.0}
+
+
+def test_history_is_that_of_the_restart_that_counts() -> None:
+    steps: list[dict[str, float]] = []
+    faiss_training.train(FLOATS.copy(), request(), 2, niter=3, nredo=4, history=steps)
+    objectives = [step["objective"] for step in steps]
+    assert len(objectives) == 3
+    assert objectives == sorted(objectives, reverse=True)
+
+
 def test_history_is_that_of_faiss() -> None:
     steps = measured(request())["history"]
     clustering = faiss.Clustering(D, 12)
@@ -176,6 +195,9 @@ def test_what_normalisation_gains_is_tried() -> None:
     quality = measured(wanted, FLOATS * lengths, trained=4_000)
     assert quality["normalisation"]["gain"] > 2
     assert any("not on unit vectors" in text for text in findings(quality))
+    by_default = RNG.standard_normal((hold_out(EVAL_VECTORS), 8)).astype(np.float32)
+    default = request(encoder={"name": "pq", "parameters": {"m": 4}}, space_type="cosinesimil", dimension=8)
+    assert "normalisation" in measured(default, np.concatenate((by_default, by_default)), len(by_default))
     unit = FLOATS / np.linalg.norm(FLOATS, axis=1, keepdims=True)
     assert "normalisation" not in measured(wanted, unit, trained=4_000)
 

@@ -60,7 +60,8 @@ def test_halves_are_what_an_index_of_half_the_base_finds() -> None:
     index = faiss.index_factory(8, "PQ4x4np")
     index.train(base)
     index.add(base)
-    halves = curve_of_halves(exact(base, queries, 100), index.search(queries, 100)[1])
+    every, found = exact(base, queries, 100), index.search(queries, 100)[1]
+    halves = curve_of_halves(every, found, every.distances_of(found))
     assert 20 <= max(halves) < 50
     for k in halves:
         shares = []
@@ -75,7 +76,8 @@ def test_halves_are_what_an_index_of_half_the_base_finds() -> None:
 
 def test_halves_of_a_base_without_neighbours_are_empty() -> None:
     true = Neighbours(np.ones((2, 1), np.float32), np.array([[4], [6]]), 10)
-    assert curve_of_halves(true, np.array([[4], [-1]])) == {}
+    found = np.array([[4], [-1]])
+    assert curve_of_halves(true, found, true.distances_of(found)) == {}
 
 
 def test_what_the_base_blurs_is_added() -> None:
@@ -90,7 +92,7 @@ def measured(index: faiss.Index, base: np.ndarray, queries: np.ndarray) -> tuple
     index.add(base)
     true, found = exact(base, queries, 100), index.search(queries, 100)[1]
     distances = true.distances_of(found)
-    return {k: float(true.recall(distances, k).mean()) for k in CURVE}, curve_of_halves(true, found)
+    return {k: float(true.recall(distances, k).mean()) for k in CURVE}, curve_of_halves(true, found, distances)
 
 
 def test_expected_is_what_a_larger_base_shows() -> None:

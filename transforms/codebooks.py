@@ -54,7 +54,7 @@ class Codebooks:
             coarse = index.quantizer.reconstruct_n(0, index.nlist)
             pq = index.pq if isinstance(index, faiss.IndexIVFPQ) else None
         elif isinstance(index, faiss.IndexHNSWPQ):
-            pq = faiss.downcast_index(index.storage).pq
+            pq = codec_of(index).pq
         else:
             raise TrainingError(f"the blob holds a faiss {type(index).__name__}, which no k-NN model is")
         codewords = None
@@ -172,6 +172,11 @@ def read_index(blob: bytes) -> faiss.Index | faiss.IndexBinary:
     if blob[:2] == b"IB":  # every binary index of faiss begins so
         return _read(faiss.deserialize_index_binary, data)
     return _read(_deserialize, data)
+
+
+def codec_of(index: faiss.Index) -> faiss.IndexIVF | faiss.IndexPQ:
+    """What holds the codes: an IVF itself, what is under the graph of an HNSW."""
+    return index if isinstance(index, faiss.IndexIVF) else faiss.downcast_index(index.storage)
 
 
 def _deserialize(data: np.ndarray) -> faiss.Index:

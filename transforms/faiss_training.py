@@ -22,6 +22,7 @@ import faiss
 import numpy as np
 
 from transforms import quantization
+from transforms.codebooks import codec_of, read_index
 from transforms.errors import TrainingError
 from transforms.request import TrainingRequest
 
@@ -77,8 +78,8 @@ def train(
         if isinstance(index, faiss.IndexIVF):
             _train_ivf(index, vectors, threads, progress, history)
         else:
-            _train_pq(faiss.downcast_index(index.storage).pq, vectors, threads, progress)
-            faiss.downcast_index(index.storage).pq.compute_sdc_table()
+            _train_pq(codec_of(index).pq, vectors, threads, progress)
+            codec_of(index).pq.compute_sdc_table()
             index.storage.is_trained = index.is_trained = True
         return faiss.serialize_index(index).tobytes()
     except RuntimeError as error:  # what SWIG makes of a FaissException
@@ -137,20 +138,15 @@ def check(blob: bytes, request: TrainingRequest, vectors: np.ndarray) -> None:
     Raises:
       TrainingError: naming what differs.
     """
-    wanted = new_index(request)
-    data = np.frombuffer(blob, np.uint8)
-    if isinstance(wanted, faiss.IndexBinary):
-        index, again = faiss.deserialize_index_binary(data), faiss.serialize_index_binary
-        queries = codes(vectors.copy(), request)
-    else:
-        # The plugin loads models with this flag too: the table of an IVF-PQ is far larger than the model.
-        index = faiss.read_index(_reader(data), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
-        again = faiss.serialize_index
-        queries = prepare(vectors.copy(), request)
+    index, wanted = read_index(blob), new_index(request)
     for name, found, expected in _properties(index, wanted, request):
         if found != expected:
             raise TrainingError(f"the trained model has {name} {found}, expected {expected}")
-    if again(index).tobytes() != blob:
+    if isinstance(index, faiss.IndexBinary):
+        again, queries = faiss.serialize_index_binary(index), codes(vectors.copy(), request)
+    else:
+        again, queries = faiss.serialize_index(index), prepare(vectors.copy(), request)
+    if again.tobytes() != blob:
         raise TrainingError("the trained model does not serialise to the bytes it was read from")
     if not len(queries):
         return
@@ -177,7 +173,7 @@ def _properties(index: faiss.Index, wanted: faiss.Index, request: TrainingReques
         pairs += [("nlist", index.nlist, request.nlist), ("centroids", quantizer.ntotal, request.nlist)]
         pairs += [("nprobes", index.nprobe, wanted.nprobe)]
     if request.code_size is not None:
-        pq = index.pq if request.nlist is not None else faiss.downcast_index(index.storage).pq
+        pq = codec_of(index).pq
         pairs += [("PQ m", pq.M, request.pq_m), ("PQ code_size", pq.nbits, request.code_size)]
         finite = np.isfinite(faiss.vector_to_array(pq.centroids)).all()
         pairs += [("finite codewords", bool(finite), True)]
@@ -219,7 +215,7 @@ def _clusterings(index: faiss.Index | faiss.IndexBinary) -> Iterator[faiss.Clust
     if isinstance(index, faiss.IndexIVFPQ):
         yield index.pq.cp
     if isinstance(index, faiss.IndexHNSW):
-        yield faiss.downcast_index(index.storage).pq.cp
+        yield codec_of(index).pq.cp
 
 
 def _train_ivf(
@@ -238,7 +234,9 @@ def _train_ivf(
         _cluster(clustering, vectors, index.quantizer, progress)
     if history is not None:
         used = min(len(vectors), index.cp.max_points_per_centroid * index.nlist)
-        for number in range(clustering.iteration_stats.size()):
+        # The last of them are those of the restart that counts; those before it were worse.
+        done = clustering.iteration_stats.size()
+        for number in range(max(0, done - clustering.niter), done):
             step = clustering.iteration_stats.at(number)
             history.append({"objective": step.obj / used, "imbalance_factor": step.imbalance_factor})
     index.quantizer.is_trained = True
@@ -315,12 +313,6 @@ def _cluster(clustering: faiss.Clustering, vectors: np.ndarray, index: faiss.Ind
         finished.set()
         watcher.join()
     progress("k-means", total, total)
-
-
-def _reader(data: np.ndarray) -> faiss.VectorIOReader:
-    reader = faiss.VectorIOReader()
-    faiss.copy_array_to_vector(data, reader.data)
-    return reader
 
 
 def _reason(error: RuntimeError) -> str:

@@ -108,7 +108,18 @@ def _without_own(ids: np.ndarray) -> np.ndarray:
     return np.argsort(own, axis=1, kind="stable")[:, :-1]
 
 
-def found(index: faiss.Index | faiss.IndexBinary, split: Split, queries: np.ndarray) -> np.ndarray:
-    """(queries, depth) ids that an index with the base in it finds."""
-    ids = index.search(queries, depth_of(split) + split.own)[1]
-    return np.take_along_axis(ids, _without_own(ids), axis=1) if split.own else ids
+def found(
+    index: faiss.Index | faiss.IndexBinary, split: Split, queries: np.ndarray, true: Neighbours
+) -> tuple[np.ndarray, np.ndarray]:
+    """(queries, depth) ids that an index with the base in it finds, and their exact distances.
+
+    Distances are infinite beyond the depth of `true`, but for binary vectors: of those many are as far away as the last
+    neighbour, and the index, which keeps all bits, knows how far that is.
+    """
+    distances, ids = index.search(queries, depth_of(split) + split.own)
+    if split.own:
+        keep = _without_own(ids)
+        distances, ids = (np.take_along_axis(part, keep, axis=1) for part in (distances, ids))
+    if split.base.dtype == np.uint8:
+        return ids, np.where(ids < 0, np.float32(np.inf), distances.astype(np.float32))
+    return ids, true.distances_of(ids)

@@ -9,12 +9,14 @@ from typing import Any
 import faiss
 import numpy as np
 
+from transforms.codebooks import codec_of
+
 
 def errors(index: faiss.Index, base: np.ndarray, rows: range) -> dict[str, Any]:
     """Mean squared distances of some rows to what the index makes of them.
 
     Args:
-      index: an IVF or an HNSW-PQ that holds `base`, in its order.
+      index: an IVF, or an HNSW-PQ, whose codes are those of `base`, in its order.
       base: (n, dimension) vectors.
       rows: of the base, to look at.
 
@@ -28,7 +30,7 @@ def errors(index: faiss.Index, base: np.ndarray, rows: range) -> dict[str, Any]:
         lists = faiss.vector_to_array(index.direct_map.array)[rows.start : rows.stop] >> 32
         found["rows"] = _distances(vectors, index.quantizer.reconstruct_batch(lists))
         found["coarse"] = float(found["rows"].mean(dtype=np.float64))
-    codec = index if isinstance(index, faiss.IndexIVF) else faiss.downcast_index(index.storage)
+    codec = codec_of(index)
     rebuilt = codec.reconstruct_n(rows.start, len(rows))
     found["total"] = squared(vectors, rebuilt)
     pq = getattr(codec, "pq", None)
@@ -58,7 +60,7 @@ def subquantizers(index: faiss.Index, errors: Mapping[str, np.ndarray | None]) -
     known = {name: each for name, each in errors.items() if each is not None}
     if not known:
         return []
-    codec = index if isinstance(index, faiss.IndexIVF) else faiss.downcast_index(index.storage)
+    codec = codec_of(index)
     codes = _codes(codec)
     used = [len(np.unique(codes[:, m])) for m in range(codec.pq.M)]
     return [

@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 
 from transforms import faiss_training, index_statistics
-from transforms.codebooks import read_index
+from transforms.codebooks import codec_of, read_index
 from transforms.drift import drift
 from transforms.held_out import Split, exact, split_sample
 from transforms.memory import index_memory
@@ -29,8 +29,9 @@ EVAL_VECTORS = 10_000
 #: Vectors, trained on or held out, without which there is nothing to measure: a query and its 10 neighbours.
 FEWEST_VECTORS = DEPTHS[0] + 1
 
-# Vectors to train on as they were read, to see what normalising them gains.
-_RAW_ROWS, _FEW_LISTS = 10_000, 16
+# Small codebooks, trained in a second or two on vectors as they were read, to see what normalising them gains: as many
+# vectors at most, this many for each codeword at least, and so many iterations.
+_RAW_ROWS, _FEW_LISTS, _PER_CODEWORD, _ITERATIONS = 10_000, 16, 20, 10
 # Vectors to measure errors on, of those trained on and of those held out.
 _ERROR_ROWS = 10_000
 # A training set whose error is so much smaller than that of other vectors does not stand for them in the base.
@@ -107,10 +108,10 @@ def evaluate(
         told["error"], each_row, subquantizers, split = _float_errors(index, split)
         told["vectors"] = split.counts(corpus)
         queries = np.ascontiguousarray(split.queries, np.float32)
-    search = searcher(index, split, queries)
     progress("evaluate", 1, 3)
     true = exact(split, request)
     progress("evaluate", 2, 3)
+    search = searcher(index, split, queries, true)
     wanted = sorted({*nprobes, *([request.nprobes] if request.nprobes else [])})
     graph = None if request.ef_search is None else share_of_the_graph(blob, split)
     told |= by_nprobes(search, true, request, corpus, wanted, graph)
@@ -148,7 +149,7 @@ def quantization_error(blob: bytes, request: TrainingRequest, vectors: np.ndarra
         return float(index.quantizer.search(codes, 1)[0].mean()) / index.d
     matrix = faiss_training.prepare(vectors[:_ERROR_ROWS].copy(), request)
     if not isinstance(index, faiss.IndexIVF) or isinstance(index, faiss.IndexIVFPQ):
-        codec = index if isinstance(index, faiss.IndexIVF) else faiss.downcast_index(index.storage)
+        codec = codec_of(index)
         return float(((codec.sa_decode(codec.sa_encode(matrix)) - matrix) ** 2).sum(axis=1).mean())
     nearest = index.quantizer.search(matrix, 1)[1].ravel()
     return index_statistics.squared(matrix, index.quantizer.reconstruct_batch(nearest))
@@ -160,10 +161,11 @@ def quantization_error(blob: bytes, request: TrainingRequest, vectors: np.ndarra
 def _float_errors(
     index: faiss.Index, split: Split
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], list[dict[str, Any]], Split]:
-    """Adds the base to `index`; the mean errors of its rows, those of each row, those of each sub-quantizer, and the
-    split that was used.
+    """Adds the base to the codes of `index`; the mean errors of its rows, those of each row, those of each
+    sub-quantizer, and the split that was used.
     """
-    index.add(np.ascontiguousarray(split.base, np.float32))
+    codec = codec_of(index)  # not the graph above it, which is slow to build and not searched here
+    codec.add(np.ascontiguousarray(split.base, np.float32))
     first = split.base_trained
     parts = {"training": range(0, min(first, _ERROR_ROWS)), "held_out": range(first, len(split.base))}
     parts = {name: rows[:_ERROR_ROWS] for name, rows in parts.items() if len(rows)}
@@ -173,9 +175,9 @@ def _float_errors(
     overfit = _overfit(errors)
     everything = len(split.base) + (0 if split.own else len(split.queries)) >= len(split.vectors)
     if overfit > _OVERFIT and not split.own and not everything and len(parts["held_out"]) >= DEPTHS[-1]:
-        index.reset()
+        codec.reset()
         split = split.without_trained()
-        index.add(np.ascontiguousarray(split.base, np.float32))
+        codec.add(np.ascontiguousarray(split.base, np.float32))
     shown = np.ascontiguousarray(split.base[:_ERROR_ROWS], np.float32)
     errors["variance"] = float(shown.var(axis=0, dtype=np.float64).sum())
     subquantizers = index_statistics.subquantizers(index, each)
@@ -236,7 +238,7 @@ def _normalisation(raw: np.ndarray, norms: Mapping[str, Any], request: TrainingR
     """What training on unit vectors gains, tried on a few held-out ones; None where they are too few or all unit."""
     half = min(_RAW_ROWS, len(raw) // 2)
     lengths = norms.get("held_out")
-    needed = 39 * max(_FEW_LISTS, 2**request.code_size if request.code_size is not None else 0)
+    needed = _PER_CODEWORD * max(_FEW_LISTS, 2**request.code_size if request.code_size is not None else 0)
     if request.is_binary or half < needed or not lengths or lengths["deviation"] < 1e-3 * lengths["mean"]:
         return None
     encoder = "Flat" if request.code_size is None else f"PQ{request.pq_m}x{request.code_size}np"
@@ -245,6 +247,8 @@ def _normalisation(raw: np.ndarray, norms: Mapping[str, Any], request: TrainingR
     errors = []
     for training in (raw[:half], unit[:half]):
         index = faiss.index_factory(request.dimension, f"IVF{_FEW_LISTS},{encoder}", faiss.METRIC_INNER_PRODUCT)
+        if isinstance(index, faiss.IndexIVFPQ):
+            index.pq.cp.niter = _ITERATIONS
         index.train(np.ascontiguousarray(training))
         rebuilt = index.sa_decode(index.sa_encode(unit[half:]))
         if request.code_size is None:

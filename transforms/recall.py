@@ -68,7 +68,7 @@ class Neighbours:
         return np.minimum(near.sum(axis=1), k) / k
 
 
-def curve_of_halves(true: Neighbours, found: np.ndarray) -> dict[int, float]:
+def curve_of_halves(true: Neighbours, found: np.ndarray, distances: np.ndarray) -> dict[int, float]:
     """Mean recall at the depths of CURVE in either half of the base, as far as all queries have neighbours there.
 
     The base is in no order, so even and odd ids are two uniform samples of it. What a search finds among them is what
@@ -76,6 +76,7 @@ def curve_of_halves(true: Neighbours, found: np.ndarray) -> dict[int, float]:
 
     Args:
       found: (queries, n) ids in the order they were found; -1 for none.
+      distances: (queries, n), their exact distances.
     """
     halves = []
     for odd in (0, 1):
@@ -83,11 +84,11 @@ def curve_of_halves(true: Neighbours, found: np.ndarray) -> dict[int, float]:
         depth = int(own.sum(axis=1).min())
         at = np.argsort(~own, axis=1, kind="stable")[:, :depth]
         half = Neighbours(np.take_along_axis(true.distances, at, 1), np.take_along_axis(true.ids, at, 1), true.rows)
-        other = (found < 0) | (found % 2 != odd)
+        other = found % 2 != odd
         order = np.argsort(other, axis=1, kind="stable")[:, :depth]
-        ids = np.where(np.take_along_axis(other, order, 1), -1, np.take_along_axis(found, order, 1))
-        distances = half.distances_of(ids) if depth else np.empty((len(ids), 0))
-        halves.append({k: float(half.recall(distances, k).mean()) for k in CURVE if k <= depth})
+        own_distances = np.where(other, np.float32(np.inf), distances)
+        ordered = np.take_along_axis(own_distances, order, 1)
+        halves.append({k: float(half.recall(ordered, k).mean()) for k in CURVE if k <= depth})
     return {k: (share + halves[1][k]) / 2 for k, share in halves[0].items() if k in halves[1]}
 
 

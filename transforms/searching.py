@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 
 from transforms import quantization
-from transforms.codebooks import read_index
+from transforms.codebooks import codec_of, read_index
 from transforms.held_out import Split, found
 from transforms.recall import CURVE, DEPTHS, Neighbours, curve_of_halves, expected
 from transforms.request import TrainingRequest
@@ -21,24 +21,23 @@ _GRAPH_ROWS = 10_000
 # No more lists than this are probed unless asked for, nor more once recall@100 does not grow.
 _MOST_PROBES, _NO_GAIN = 256, 0.002
 
-#: Finds (queries, depth) ids with so many lists probed; None searches all codes.
-Search = Callable[[int | None], np.ndarray]
+#: What `held_out.found` finds with so many lists probed; None searches all codes.
+Search = Callable[[int | None], tuple[np.ndarray, np.ndarray]]
 
 
-def searcher(index: faiss.Index | faiss.IndexBinary, split: Split, queries: np.ndarray) -> Search:
+def searcher(index: faiss.Index | faiss.IndexBinary, split: Split, queries: np.ndarray, true: Neighbours) -> Search:
     """Searches `index`, which holds the base of `split`, for its (queries, columns) queries as the index takes them."""
     if isinstance(index, faiss.IndexHNSW):
-        codes = faiss.downcast_index(index.storage)
-        return lambda nprobes: found(codes, split, queries)
+        return lambda nprobes: found(codec_of(index), split, queries, true)
     if isinstance(index, faiss.IndexIVFPQ) and index.metric_type == faiss.METRIC_L2:
         table = 4 * index.nlist * index.pq.M * index.pq.ksub
         if table <= max(64_000_000, 4 * 65_536 * index.d):  # training needed as much
             index.use_precomputed_table = 0
             index.precompute_table()
 
-    def search(nprobes: int | None) -> np.ndarray:
+    def search(nprobes: int | None) -> tuple[np.ndarray, np.ndarray]:
         index.nprobe = nprobes or index.nlist
-        return found(index, split, queries)
+        return found(index, split, queries, true)
 
     return search
 
@@ -57,7 +56,7 @@ def by_nprobes(
     rows: list[dict[str, Any]] = []
     errors: dict[int | None, dict[str, float]] = {}
     for probes in _grid(request.nlist, wanted):
-        row, errors[probes] = _row(probes, search(probes), true, corpus, graph)
+        row, errors[probes] = _row(probes, *search(probes), true, corpus, graph)
         before = rows[-1]["expected"] if rows else dict.fromkeys(row["expected"], 0.0)
         gain = max(row["expected"][name] - before[name] for name in before)
         rows.append(row)
@@ -79,14 +78,15 @@ def of_another(blob: bytes, true: Neighbours, split: Split, request: TrainingReq
     if isinstance(index, faiss.IndexBinary):
         queries, base = packed(split, request)
         index.nprobe = min(request.nprobes or 1, index.nlist)
+        index.add(base)
     else:
         queries, base = (np.ascontiguousarray(part, np.float32) for part in (split.queries, split.base))
-    index.add(base)
-    search = searcher(index, split, queries)
+        codec_of(index).add(base)
+    search = searcher(index, split, queries, true)
     if isinstance(index, faiss.IndexHNSW):
-        row, _ = _row(None, search(None), true, corpus, share_of_the_graph(blob, split))
+        row, _ = _row(None, *search(None), true, corpus, share_of_the_graph(blob, split))
         return {**row, "ef_search": index.hnsw.efSearch}
-    return _row(index.nprobe, search(index.nprobe), true, corpus, None)[0]
+    return _row(index.nprobe, *search(index.nprobe), true, corpus, None)[0]
 
 
 def share_of_the_graph(blob: bytes, split: Split) -> float:
@@ -94,7 +94,7 @@ def share_of_the_graph(blob: bytes, split: Split) -> float:
     index = read_index(blob)
     index.add(np.ascontiguousarray(split.base[-_GRAPH_ROWS:], np.float32))
     queries = np.ascontiguousarray(split.queries, np.float32)
-    by_graph, by_codes = (each.search(queries, 10)[1] for each in (index, faiss.downcast_index(index.storage)))
+    by_graph, by_codes = (each.search(queries, 10)[1] for each in (index, codec_of(index)))
     return float((by_graph[:, :, None] == by_codes[:, None, :]).any(axis=2).mean())
 
 
@@ -108,15 +108,14 @@ def packed(split: Split, request: TrainingRequest) -> tuple[np.ndarray, np.ndarr
 
 
 def _row(
-    probes: int | None, ids: np.ndarray, true: Neighbours, corpus: int, graph: float | None
+    probes: int | None, ids: np.ndarray, distances: np.ndarray, true: Neighbours, corpus: int, graph: float | None
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """An entry of `recall` for the (queries, depth) ids that were found, and the standard errors of `expected`."""
+    """An entry of `recall` for what `held_out.found` found, and the standard errors of `expected`."""
     deepest, growth = true.ids.shape[1], corpus / true.rows
     depths = [k for k in DEPTHS if k <= deepest]
-    distances = true.distances_of(ids)
     each = {k: true.recall(distances, k) for k in CURVE if k <= deepest}
     curve = {k: float(shares.mean()) for k, shares in each.items()}
-    halves = curve_of_halves(true, ids)
+    halves = curve_of_halves(true, ids, distances)
     share = 1.0 if graph is None else graph
     row: dict[str, Any] = {} if probes is None else {"nprobes": probes}
     row["measured"] = {str(k): share * curve[k] for k in depths}
