@@ -18,6 +18,7 @@ from transforms import progress
 _NAMES = {
     "slices": "read slices",
     "read": "vectors passed on",
+    "read again": "read all slices again",
     "load sample": "load sample",
     "k-means": "k-means iterations",
     "sub-quantizers": "sub-quantizers",

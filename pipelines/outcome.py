@@ -124,10 +124,20 @@ def tell(
     return models
 
 
-def tell_states(plans: Sequence[Plan], files: ModelFiles) -> None:
-    """Prints what has come of the models so far, where no step has reported: the run failed or goes on elsewhere."""
+def tell_states(
+    plans: Sequence[Plan], files: ModelFiles, before: Mapping[str, Mapping[str, Any]], state: str, error: str = ""
+) -> None:
+    """Prints what has come of the models so far, where no step has reported: the run failed or goes on elsewhere.
+
+    Args:
+      before: descriptions of models that the run was to overwrite.
+      state, error: of those that it did not overwrite, whatever state they are in themselves.
+    """
     for plan in plans:
-        _print_result(plan, files, files.get(plan.model_id), {})
+        found = files.get(plan.model_id)
+        if found == before.get(plan.model_id):
+            found = {"state": state, "error": error}
+        _print_result(plan, files, found, {})
 
 
 def _print_result(plan: Plan, files: ModelFiles, written: Mapping[str, Any], published: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions
 from apache_beam.runners.runner import PipelineResult
 
@@ -34,9 +35,9 @@ from transforms.model import CREATED, FAILED, TRAINING, TrainedModel, metadata
 from transforms.model_files import REJECTED, ModelFiles, WriteToModelFiles, WrittenModel, write_rejected
 from transforms.opensearch.routes import DELEGATE
 from transforms.opensearch.writing import WriteToModelIndex, WriteToModelIndexResult
-from transforms.reading import ReadVectors, too_many_bad_vectors
+from transforms.reading import METRICS, ReadVectors, too_many_bad_vectors
 from transforms.run_folder import RunFolder
-from transforms.sampling import Sample, SampleVectors
+from transforms.sampling import FillSample, Sample, SampleVectors
 from transforms.vectors import RejectedVector
 
 #: Runs in this process and starts no server. Beam's own default first tries to download another runner.
@@ -74,7 +75,7 @@ def run(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
     if options.suggest:
         return _suggest(plans[0], options)
     files = ModelFiles(options.model_dir)
-    _claim(files, plans, options.overwrite)
+    before = _claim(files, plans, options.overwrite)
     if not options.resume:  # of what is read now, no older sample need be kept
         sources = [resume.identity(plan.source) for plan in plans]
         for folder in {sample.folder for sample in kept if sample.source in sources}:
@@ -85,25 +86,31 @@ def run(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
     for plan, *_ in by_source(plans):
         verb = "reading" if plan.kept is None else f"resuming with what {plan.kept.folder} has of"
         display.say(f"{verb} {plan.summary.name} ({plan.summary.reader})")
-    return _train(plans, options, files)
+    return _train(plans, options, files, before)
 
 
-def _claim(files: ModelFiles, plans: Sequence[Plan], overwrite: bool) -> None:
-    """Makes all models exist, or none."""
+def _claim(files: ModelFiles, plans: Sequence[Plan], overwrite: bool) -> dict[str, Mapping[str, Any]]:
+    """Makes all models exist, or none. Returns the descriptions of those that are there already, to be overwritten."""
     claimed: list[str] = []
+    left: dict[str, Mapping[str, Any]] = {}
     try:
         for plan in plans:
             resumed = plan.kept is not None and plan.model_id in plan.kept.model_ids
             unfinished = resumed and files.state(plan.model_id) in (TRAINING, FAILED)
             if files.claim(plan.model_id, _described(plan, TRAINING), overwrite or unfinished):
                 claimed.append(plan.model_id)
+            else:
+                left[plan.model_id] = files.get(plan.model_id)
+        return left
     except RequestError:
         for model_id in claimed:
             files.remove(model_id)
         raise
 
 
-def _train(plans: Sequence[Plan], options: TrainOptions, files: ModelFiles) -> list[Mapping[str, Any]]:
+def _train(
+    plans: Sequence[Plan], options: TrainOptions, files: ModelFiles, before: Mapping[str, Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
     start = time.monotonic()
     elsewhere = remote.is_remote(options)  # asked now: Beam takes the runner out of the options when it submits
     folder = None
@@ -123,7 +130,7 @@ def _train(plans: Sequence[Plan], options: TrainOptions, files: ModelFiles) -> l
         for plan in plans:
             if files.get(plan.model_id)["state"] == TRAINING:
                 files.describe(plan.model_id, _described(plan, FAILED, reason))
-        outcome.tell_states(plans, files)
+        outcome.tell_states(plans, files, before, FAILED, reason)
         if _is_told(error, reason, elsewhere):
             raise TrainingError(reason) from error
         raise
@@ -131,7 +138,7 @@ def _train(plans: Sequence[Plan], options: TrainOptions, files: ModelFiles) -> l
         if folder is not None and folder.keep and not launches:
             display.say(f"the sample is kept in {folder.path}: the same command with --resume trains on it")
     if launches:
-        outcome.tell_states(plans, files)
+        outcome.tell_states(plans, files, before, TRAINING)
         return []
     return outcome.tell(plans, outcomes, files, time.monotonic() - start, outcome.counters(result))
 
@@ -212,14 +219,17 @@ def _sample(
     if plan.kept is not None:
         return pipeline | f"Resume{suffix}" >> beam.Create([plan.kept.sample])
     read = pipeline | f"Read vectors{suffix}" >> ReadVectors(plan.source, plan.keep, options.max_bad_vectors)
-    sample = read.vectors | f"Sample vectors{suffix}" >> SampleVectors(
-        plan.rows_wanted, folder, plan.keep, plan.source, options.max_bad_vectors
-    )
+    sample = read.vectors | f"Sample vectors{suffix}" >> SampleVectors(plan.rows_wanted, folder)
+    rejected = read.rejected
+    if plan.keep < 1:
+        filled = sample | f"Fill sample{suffix}" >> FillSample(plan.source, folder, options.max_bad_vectors)
+        sample = filled.sample
+        rejected = (rejected, filled.rejected) | f"All rejected{suffix}" >> beam.Flatten()
     if options.max_bad_vectors:
         files = ModelFiles(options.model_dir)
         paths = [] if options.suggest else [files.path(plan.model_id, REJECTED) for plan in plans]
         sample = sample | f"Write rejected vectors{suffix}" >> beam.Map(
-            _write_rejected, beam.pvalue.AsList(read.rejected), paths, options.max_bad_vectors
+            _write_rejected, beam.pvalue.AsList(rejected), paths, options.max_bad_vectors
         ).with_output_types(Sample)
     ids = [plan.model_id for plan in plans]
     return sample | f"Note sample{suffix}" >> beam.Map(
@@ -271,9 +281,10 @@ def _model(sample: beam.PCollection[Sample], plan: Plan, options: TrainOptions, 
 
 
 def _write_rejected(sample: Sample, rejected: Sequence[RejectedVector], paths: Sequence[str], allowed: int) -> Sample:
-    ordered = sorted(rejected, key=lambda bad: (bad.source, bad.row))
+    ordered = sorted(set(rejected), key=lambda bad: (bad.source, bad.row))  # what was read again comes twice
     if len(ordered) > allowed:
         raise TrainingError(too_many_bad_vectors(len(ordered), allowed, ordered[0]))
+    Metrics.counter(METRICS, "vectors_rejected").inc(len(ordered))
     for path in paths:
         write_rejected(path, [asdict(bad) for bad in ordered])
     return sample

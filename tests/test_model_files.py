@@ -173,6 +173,17 @@ def test_ids_that_can(files: ModelFiles, good: str) -> None:
     assert files.blob(good) == BLOB
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "not JSON"])
+def test_what_is_no_model_is_not_listed(files: ModelFiles, text: str) -> None:
+    claim(files)
+    other = Path(files.path("other", "model.json"))
+    other.parent.mkdir()
+    other.write_text(text)
+    assert [found["model_id"] for found in files.list()] == ["m1"]
+    with pytest.raises(RequestError, match=r"other/model\.json does not describe a model$"):
+        files.get("other")
+
+
 def test_random_ids_look_like_opensearch_s() -> None:
     ids = {random_model_id() for _ in range(1000)}
     assert len(ids) == 1000

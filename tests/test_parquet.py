@@ -4,6 +4,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -21,9 +22,9 @@ ROWS, D = 1_000, 8
 VECTORS = np.random.default_rng(0).integers(-100, 100, (ROWS, D)).astype(np.float32)
 
 
-def write(path: Path, column: pa.Array, name: str = "v", row_group_size: int = 300) -> str:
+def write(path: Path, column: pa.Array, name: str = "v", row_group_size: int = 300, **options: Any) -> str:
     table = pa.table({"id": pa.array(range(len(column))), name: column})
-    pq.write_table(table, path, row_group_size=row_group_size)
+    pq.write_table(table, path, row_group_size=row_group_size, **options)
     return str(path)
 
 
@@ -174,6 +175,24 @@ def test_summary_counts_rows_from_the_footers(tmp_path: Path) -> None:
     summary = ParquetVectors(path, "v", D).summary()
     assert (summary.count, summary.reader) == (ROWS, "parquet, 1 file")
     assert 0 < summary.row_bytes < 4 * D + 8  # of the vector column alone
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float32(), D)], ids=["list", "fixed-size list"])
+def test_summary_does_not_count_nulls(tmp_path: Path, kind: pa.DataType) -> None:
+    rows = [row if number % 10 == 0 else None for number, row in enumerate(VECTORS.tolist())]
+    write(tmp_path / "a.parquet", pa.array(rows, kind), row_group_size=33)
+    write(tmp_path / "b.parquet", pa.array([{"w": row} for row in rows] + [None], pa.struct([("w", kind)])))
+    vectors = sum(row is not None for row in rows)
+    assert ParquetVectors(str(tmp_path / "a.parquet"), "v", D).summary().count == vectors
+    assert ParquetVectors(str(tmp_path / "b.parquet"), "v.w", D).summary().count == vectors
+
+
+def test_summary_counts_bad_vectors_and_what_it_cannot_know(tmp_path: Path) -> None:
+    good, holes = [1.0] * D, [1.0] * (D - 1) + [None]
+    bad = write(tmp_path / "a.parquet", pa.array([good, holes, None, good], pa.list_(pa.float32())))
+    assert ParquetVectors(bad, "v", D).summary().count == 3
+    unknown = write(tmp_path / "b.parquet", pa.array([good, None], pa.list_(pa.float32())), write_statistics=False)
+    assert ParquetVectors(unknown, "v", D).summary().count == 2
 
 
 def test_source_is_pickled_without_its_footers(tmp_path: Path) -> None:

@@ -85,8 +85,7 @@ def test_no_slices_give_no_blocks():
 
 def test_bad_vectors_are_an_output_where_some_are_allowed():
     expected = [RejectedVector(f"part {p}", f"row {r}", "length 3, expected 4") for p in range(2) for r in range(2)]
-    counters = run(ArraySource(2, bad=2), None, equal_to(expected), max_bad_vectors=2)
-    assert counters["vectors_rejected"] == 4
+    run(ArraySource(2, bad=2), None, equal_to(expected), max_bad_vectors=2)
 
 
 def test_a_slice_with_too_many_bad_vectors_ends_the_run_and_closes_the_source():

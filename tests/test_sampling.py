@@ -13,17 +13,20 @@ import apache_beam as beam
 import numpy as np
 import pytest
 from apache_beam import coders
+from apache_beam.pvalue import DoOutputsTuple
+from apache_beam.testing.util import assert_that, equal_to
 
+from transforms import progress
 from transforms.errors import TrainingError
 from transforms.reading import ReadVectors
 from transforms.sampling import (
+    FillSample,
     ReservoirFn,
     Sample,
     SampleCoder,
     SampleVectors,
     keep_fraction,
     priority,
-    refill,
     stream_key,
 )
 from transforms.spill import Spill, SpillWriter, load
@@ -223,8 +226,9 @@ def sampled(source: Numbers, size: int, folder: Path, keep: float = 1.0, **optio
     found: list[np.ndarray] = []
     out = str(folder / f"sample-{random.random()}.npy")
     with beam.Pipeline("FnApiRunner", options=beam.options.pipeline_options.PipelineOptions(**options)) as p:
-        read = p | ReadVectors(source, keep)
-        sample = read.vectors | SampleVectors(size, str(folder), keep, source if keep < 1 else None)
+        sample = (p | ReadVectors(source, keep)).vectors | SampleVectors(size, str(folder))
+        if keep < 1:
+            sample = (sample | FillSample(source, str(folder))).sample
         sample | beam.Map(lambda s: np.save(out, s.load() if s.spills else np.empty((0, 2))))
     found.append(np.load(out))
     return found[0]
@@ -254,7 +258,7 @@ def test_no_vectors_give_an_empty_sample_not_silence(tmp_path: Path) -> None:
     assert sampled(Numbers(1, null=10), 5, tmp_path).shape == (0, 2)
 
 
-def test_a_short_sample_is_filled_by_reading_on(tmp_path: Path) -> None:
+def test_a_short_sample_is_filled_by_reading_all(tmp_path: Path) -> None:
     # Nine of ten rows that the source counted have no vector, so what the margin passes on is far too little.
     source = Numbers(20_000, null=9)
     keep = keep_fraction(500, 20_000)
@@ -262,16 +266,36 @@ def test_a_short_sample_is_filled_by_reading_on(tmp_path: Path) -> None:
     assert np.array_equal(sampled(source, 500, tmp_path, keep), expected_sample(source, 500))
 
 
-def test_refill_stops_when_everything_was_read(tmp_path: Path) -> None:
+def test_a_sample_of_all_there_is_may_stay_short(tmp_path: Path) -> None:
     source = Numbers(1_000)
-    sample = refill(Sample(5_000), source, str(tmp_path), 0.01)
-    assert np.array_equal(sample.load(), expected_sample(source, 5_000))
+    assert np.array_equal(sampled(source, 5_000, tmp_path, 0.5), expected_sample(source, 5_000))
 
 
-def test_refill_counts_bad_vectors(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="3 bad vectors, 2 allowed"):
-        refill(Sample(5_000), Numbers(1_000, bad=5), str(tmp_path), 0.9, max_bad_vectors=2)
-    assert refill(Sample(5_000), Numbers(1_000, bad=5), str(tmp_path), 0.9, max_bad_vectors=5).rows == 995
+def test_bad_vectors_that_are_met_on_filling_are_told(tmp_path: Path) -> None:
+    source, out = Numbers(1_000, bad=5), str(tmp_path)
+
+    def check(rejected: list[RejectedVector]) -> None:
+        assert sorted(bad.row for bad in rejected) == [f"row {number}" for number in range(5)]
+
+    def fill(p: beam.Pipeline, allowed: int) -> DoOutputsTuple:
+        return p | beam.Create([Sample(5_000)]) | FillSample(source, out, allowed)
+
+    with beam.Pipeline("FnApiRunner") as p:
+        filled = fill(p, 5)
+        assert_that(filled.rejected, check)
+        assert_that(filled.sample | beam.Map(lambda sample: sample.rows), equal_to([995]), "rows")
+    with pytest.raises(RuntimeError, match="3 bad vectors, 2 allowed"), beam.Pipeline("FnApiRunner") as p:
+        fill(p, 2)
+
+
+def test_filling_can_be_cancelled(tmp_path: Path) -> None:
+    progress.listen(None)
+    progress.cancel()
+    try:
+        with pytest.raises(RuntimeError, match="interrupted"), beam.Pipeline("FnApiRunner") as p:
+            p | beam.Create([Sample(5_000)]) | FillSample(Numbers(1_000), str(tmp_path))
+    finally:
+        progress.listen(None)
 
 
 def test_sample_of_drifting_data_is_centred_where_the_first_rows_are_not(tmp_path: Path) -> None:
@@ -283,8 +307,6 @@ def test_sample_of_drifting_data_is_centred_where_the_first_rows_are_not(tmp_pat
     assert first < 0.03
 
 
-def test_thinned_blocks_need_their_source(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="need their source"):
-        SampleVectors(5, str(tmp_path), 0.5)
+def test_a_sample_has_a_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sample size 0, expected at least 1"):
         SampleVectors(0, str(tmp_path))

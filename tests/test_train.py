@@ -199,8 +199,31 @@ def test_bad_vectors_up_to_a_limit(work: Path) -> None:
         train.run(arguments(work, export, "--use_all_vectors", "--max_bad_vectors", "1"))
     model = trained(arguments(work, export, "--use_all_vectors", "--max_bad_vectors", "2", "--model_id", "lax"))
     assert model["provenance"]["vectors_sampled"] == 4_998
-    rejected = (work / "models" / "lax" / "rejected.jsonl").read_text().splitlines()
-    assert [json.loads(line)["row"] for line in rejected] == ["row 10", "row 4000"]
+    assert rejected_rows(work, "lax") == ["row 10", "row 4000"]
+
+
+def test_bad_vectors_that_are_met_only_on_reading_again_are_listed_too(work: Path, capsys: Any) -> None:
+    """The sample needs all of the few vectors, which this file does not say are few."""
+    lists: list[Any] = [None] * 5_000
+    lists[::10] = VECTORS[:500].tolist()
+    for bad in range(0, 400, 40):
+        lists[bad] = [1.0]
+    (work / "bad").mkdir()
+    table = pa.table({"v": pa.array(lists, pa.list_(pa.float32()))})
+    pq.write_table(table, work / "bad" / "a.parquet", write_statistics=False)
+    few = ["--max_training_vector_count", "1000", "--eval_vectors", "300", "--max_bad_vectors", "10", "--model_id", "few"]
+    model = trained(arguments(work, str(work / "bad" / "*.parquet"), *few))
+    assert (model["provenance"]["vectors_in_source"], model["provenance"]["vectors_sampled"]) == (5_000, 490)
+    assert model["provenance"]["kept_fraction"] < 0.9
+    assert rejected_rows(work, "few") == sorted(f"row {bad}" for bad in range(0, 400, 40))
+    printed = capsys.readouterr()
+    assert "read all slices again: 1 in" in printed.err
+    assert re.search(r"^bad vectors +10$", printed.out, re.MULTILINE)
+
+
+def rejected_rows(work: Path, model_id: str) -> list[str]:
+    lines = (work / "models" / model_id / "rejected.jsonl").read_text().splitlines()
+    return [json.loads(line)["row"] for line in lines]
 
 
 # --- a dry run ---
@@ -501,6 +524,18 @@ def test_a_failure_does_not_pass_for_the_model_it_was_to_replace(work: Path, exp
         broken.setattr("transforms.training.train_in_process", _no_training)
         with pytest.raises(TrainingError, match=r"^no training today$"):
             train.run(arguments(work, export, "--model_id", "m1", "--overwrite"))
+    assert ModelFiles(str(work / "models")).get("m1") == before
+
+
+def test_the_last_line_is_about_the_run_and_not_about_the_model_it_was_to_replace(work: Path, capsys: Any) -> None:
+    good, bad = write_export(work / "good"), write_export(work / "bad", vectors=np.full_like(VECTORS[:500], np.nan))
+    before = trained(arguments(work, good, "--model_id", "m1"))
+    capsys.readouterr()
+    with pytest.raises(TrainingError, match="1 bad vector"):
+        train.run(arguments(work, bad, "--model_id", "m1", "--overwrite"))
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["state"] == "failed"
+    assert "1 bad vector" in last["error"]
     assert ModelFiles(str(work / "models")).get("m1") == before
 
 

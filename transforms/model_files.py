@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,16 +80,24 @@ class ModelFiles:
             if before == CREATED:  # no reader may take the new blob for the one that the old description is about
                 self.describe(model.model_id, {**self.get(model.model_id), "state": TRAINING})
             files.write_whole(self.path(model.model_id, BLOB), model.blob)
+        page = self.path(model.model_id, REPORT)
         if model.quality is not None and "at" in model.quality:
-            files.write_whole(self.path(model.model_id, REPORT), report.html(model.json()).encode())
+            files.write_whole(page, report.html(model.json()).encode())
+        elif FileSystems.exists(page):  # that of the model that this one replaces
+            FileSystems.delete([page])
         self.describe(model.model_id, model.json())
 
     def get(self, model_id: str) -> dict[str, Any]:
         """The content of `model.json`. Raises RequestError if there is no such model."""
         try:
-            return json.loads(files.read_whole(self.path(model_id, DESCRIPTION)))
+            found = json.loads(files.read_whole(self.path(model_id, DESCRIPTION)))
         except (OSError, beam.io.filesystem.BeamIOError):
             raise RequestError(f'Model "{model_id}" does not exist in {self.model_dir}') from None
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not {"model_id", "state"} <= set(found):
+            raise RequestError(f"{self.path(model_id, DESCRIPTION)} does not describe a model")
+        return found
 
     def blob(self, model_id: str) -> bytes:
         """The blob of a `created` model, checked against its SHA-256. Raises RequestError or TrainingError."""
@@ -117,9 +127,11 @@ class ModelFiles:
             found = FileSystems.match([pattern])[0].metadata_list
         except beam.io.filesystem.BeamIOError:
             return []
-        return sorted(
-            (json.loads(files.read_whole(entry.path)) for entry in found), key=lambda model: model["model_id"]
-        )
+        models = []
+        for entry in found:
+            with suppress(RequestError):  # not ours, or removed meanwhile
+                models.append(self.get(posixpath.basename(posixpath.dirname(entry.path))))
+        return sorted(models, key=lambda model: model["model_id"])
 
     def delete(self, model_id: str) -> None:
         """Removes a model; raises RequestError if there is none or if it is still in training."""

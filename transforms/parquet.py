@@ -79,12 +79,13 @@ class ParquetVectors:
 
     def summary(self) -> SourceSummary:
         footers = self._footers()
-        rows = sum(footer.num_rows for _, footer in footers)
-        read = sum(
-            _column_bytes(footer, group, self.column) for _, footer in footers for group in range(footer.num_row_groups)
-        )
+        count = read = 0
+        for _, footer in footers:
+            for group in range(footer.num_row_groups):
+                count += self._vectors_in(footer, group)
+                read += sum(chunk.total_compressed_size for chunk in _chunks(footer, group, self.column))
         return SourceSummary(
-            self.pattern, f"parquet, {_plural(len(footers), 'file')}", rows, read / rows if rows else 0.0
+            self.pattern, f"parquet, {_plural(len(footers), 'file')}", count, read / count if count else 0.0
         )
 
     def slices(self) -> list[ParquetSlice]:
@@ -124,6 +125,16 @@ class ParquetVectors:
                     yield VectorBlock(
                         priorities if len(good) == len(priorities) else priorities[good], vectors, positions
                     )
+
+    def _vectors_in(self, footer: pq.FileMetaData, group: int) -> int:
+        """Vectors in a row group: its rows without those that are null, if the file has statistics."""
+        rows: int = footer.row_group(group).num_rows
+        (chunk,) = _chunks(footer, group, self.column)
+        statistics = chunk.statistics
+        if statistics is None or not statistics.has_null_count:
+            return rows
+        # A null stands for a list that is null or empty; one inside a vector makes a bad vector, which counts.
+        return min(rows, -(-(chunk.num_values - statistics.null_count) // self._columns))
 
     @property
     def _columns(self) -> int:
@@ -365,10 +376,6 @@ def _chunks(footer: pq.FileMetaData, group: int, column: str) -> list[pq.ColumnC
     row_group = footer.row_group(group)
     leaves = (row_group.column(i) for i in range(row_group.num_columns))
     return [leaf for leaf in leaves if f"{leaf.path_in_schema}.".startswith(f"{column}.")]
-
-
-def _column_bytes(footer: pq.FileMetaData, group: int, column: str) -> int:
-    return sum(chunk.total_compressed_size for chunk in _chunks(footer, group, column))
 
 
 def _plural(count: int, noun: str) -> str:

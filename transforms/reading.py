@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,21 +61,18 @@ class _ReadSlice(beam.DoFn):
         self._keep = keep
         self._max_bad_vectors = max_bad_vectors
         self._vectors_read = Metrics.counter(METRICS, "vectors_read")
-        self._vectors_rejected = Metrics.counter(METRICS, "vectors_rejected")
         self._slices_done = Metrics.counter(METRICS, "slices_done")
         self._block_rows = Metrics.distribution(METRICS, "block_rows")
 
     def process(self, part: Any) -> Iterator[Any]:
         limit = BadVectorLimit(self._max_bad_vectors)
-        # closing: a source holds a search context or an open file, also when the runner drops this generator half way.
-        with closing(_as_generator(self._source.read(part, self._keep, limit.reject))) as blocks:
+        with closing_blocks(self._source.read(part, self._keep, limit.reject)) as blocks:
             for block in blocks:
                 self._vectors_read.inc(len(block))
                 progress.advance("read", len(block))
                 self._block_rows.update(len(block))
                 yield block
         for bad in limit.rejected:
-            self._vectors_rejected.inc()
             yield TaggedOutput(REJECTED, bad)
         self._slices_done.inc()
         progress.advance("slices", 1)
@@ -100,6 +97,11 @@ def too_many_bad_vectors(count: int, allowed: int, first: RejectedVector) -> str
     return f"{found}, {allowed} allowed (max_bad_vectors); the first is {first.source} {first.row}: {first.reason}"
 
 
-def _as_generator(blocks: Iterator[VectorBlock]) -> Any:
-    """`blocks` with a `close`, for sources that return a plain iterator."""
-    return blocks if hasattr(blocks, "close") else (block for block in blocks)
+@contextmanager
+def closing_blocks(blocks: Iterator[VectorBlock]) -> Iterator[Iterator[VectorBlock]]:
+    """Ends what a source holds, a search context or an open file, also where its blocks are not all taken."""
+    try:
+        yield blocks
+    finally:
+        if hasattr(blocks, "close"):  # a source may return a plain iterator
+            blocks.close()

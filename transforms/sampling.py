@@ -13,18 +13,19 @@ import logging
 import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 import apache_beam as beam
 import numpy as np
 from apache_beam import coders
 from apache_beam.metrics import Metrics
+from apache_beam.pvalue import DoOutputsTuple, TaggedOutput
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
-from transforms import spill
-from transforms.reading import METRICS, BadVectorLimit
+from transforms import progress, spill
+from transforms.reading import METRICS, REJECTED, BadVectorLimit, closing_blocks
 from transforms.spill import Spill, SpillWriter
 from transforms.vectors import S, VectorBlock, VectorSource
 
@@ -227,7 +228,7 @@ class _Cut:
 
 
 @dataclass
-class SampleVectors(beam.PTransform, Generic[S]):
+class SampleVectors(beam.PTransform):
     """PCollection[VectorBlock] -> PCollection[Sample] of exactly one element.
 
     The sample is uniform without replacement and has exactly min(size, number of vectors) rows.
@@ -235,59 +236,69 @@ class SampleVectors(beam.PTransform, Generic[S]):
     Attributes:
       size: rows to keep.
       folder: where spill files go; workers and the training step must share it. The caller removes it after the run.
-      thinned: the fraction of priorities that the reader passed on. If that turns out to leave fewer than `size`
-        rows, `source` is read again, four times as much of it at a time, until there are enough or all was read.
-      source: what was read; needed only where `thinned` is below 1.
-      max_bad_vectors: how many bad vectors reading on may meet.
     """
 
     size: int
     folder: str
-    thinned: float = 1.0
-    source: VectorSource[S] | None = field(default=None, repr=False)
-    max_bad_vectors: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()
         if self.size < 1:
             raise ValueError(f"sample size {self.size}, expected at least 1")
-        if self.thinned < 1 and self.source is None:
-            raise ValueError("thinned blocks need their source, to read on if too few are left")
 
     def expand(self, blocks: beam.PCollection[VectorBlock]) -> beam.PCollection[Sample]:
         spills = blocks | "Write spill files" >> beam.ParDo(_SpillFn(self.folder, self.size)).with_output_types(Spill)
-        # With defaults: no vectors at all must reach the refill and the trainer as an empty sample, not as silence.
-        # The side input that this costs carries a few hundred bytes.
-        sample = spills | "Keep smallest priorities" >> beam.CombineGlobally(ReservoirFn(self.size)).with_output_types(
+        # With defaults: no vectors at all must reach the trainer as an empty sample, not as silence. The side input
+        # that this costs carries a few hundred bytes.
+        return spills | "Keep smallest priorities" >> beam.CombineGlobally(ReservoirFn(self.size)).with_output_types(
             Sample
         )
-        if self.thinned < 1:
-            sample = sample | "Refill if short" >> beam.Map(
-                refill, self.source, self.folder, self.thinned, self.max_bad_vectors
-            ).with_output_types(Sample)
-        return sample
 
     def display_data(self) -> dict[str, Any]:
-        return {"size": self.size, "thinned": self.thinned, "folder": self.folder}
+        return {"size": self.size, "folder": self.folder}
 
 
-def refill(sample: Sample, source: VectorSource[S], folder: str, thinned: float, max_bad_vectors: int = 0) -> Sample:
-    """Reads more of `source` until `sample` has all its rows or everything was read.
+@dataclass(eq=False)
+class FillSample(beam.PTransform, Generic[S]):
+    """PCollection[Sample] -> `.sample`, with all its rows, and `.rejected` (RejectedVector).
 
-    Runs in one worker, one slice after another: `keep_fraction` makes the need for it rarer than 1e-9 unless the
-    source counted more vectors than it holds (nulls in a Parquet column), and what it reads is a small multiple of
-    the sample.
+    Where readers have passed on a share of the vectors that turns out to be too small, all of the source is read again,
+    in one worker. `keep_fraction` makes that rarer than 1e-9, unless the source has fewer vectors than it said: many of
+    them bad, or null in Parquet files that have no statistics.
 
-    Raises:
-      TrainingError: it met more than `max_bad_vectors` bad vectors.
+    Attributes:
+      source: what was read.
+      folder: as that of `SampleVectors`.
+      max_bad_vectors: more of them than this, in all slices together, end the run with TrainingError.
     """
-    while sample.rows < sample.size and thinned < 1:
-        thinned = min(1.0, 4 * thinned)
-        _LOG.info("The sample has %d of %d vectors: reading on, %.3g of all", sample.rows, sample.size, thinned)
-        spiller = _Spiller(folder, sample.size)
-        limit = BadVectorLimit(max_bad_vectors)
-        for part in source.slices():
-            for block in source.read(part, thinned, limit.reject):
-                spiller.add(block)
-        sample = Sample(sample.size, spiller.close())
-    return sample
+
+    source: VectorSource[S]
+    folder: str
+    max_bad_vectors: int = 0
+
+    def expand(self, samples: beam.PCollection[Sample]) -> DoOutputsTuple:
+        fill = beam.ParDo(_FillFn(self.source, self.folder, self.max_bad_vectors))
+        return samples | "Read on if short" >> fill.with_output_types(Sample).with_outputs(REJECTED, main="sample")
+
+
+class _FillFn(beam.DoFn, Generic[S]):
+    def __init__(self, source: VectorSource[S], folder: str, max_bad_vectors: int):
+        self._source, self._folder, self._max_bad_vectors = source, folder, max_bad_vectors
+
+    def process(self, sample: Sample) -> Iterator[Any]:
+        if sample.rows >= sample.size:
+            yield sample
+            return
+        _LOG.info("The sample has %d of %d vectors: all are read again", sample.rows, sample.size)
+        spiller = _Spiller(self._folder, sample.size)
+        limit = BadVectorLimit(self._max_bad_vectors)
+        slices = self._source.slices()
+        for number, part in enumerate(slices):
+            with closing_blocks(self._source.read(part, 1.0, limit.reject)) as blocks:
+                for block in blocks:
+                    progress.report("read again", number, len(slices))
+                    spiller.add(block)
+        progress.report("read again", len(slices), len(slices))
+        yield Sample(sample.size, spiller.close())
+        for bad in limit.rejected:
+            yield TaggedOutput(REJECTED, bad)

@@ -126,7 +126,7 @@ class SourceSummary:
     Attributes:
       name: the index expression or the file pattern.
       reader: how it is read, e.g. 'parquet' or 'script+cbor, point in time'.
-      count: vectors (an upper bound where nulls are only seen on reading).
+      count: vectors (an upper bound for Parquet files without statistics, whose nulls are only seen on reading).
       row_bytes: bytes read from the source per vector, estimated.
       documents: documents in the index, with or without a vector; None for sources that have no such thing.
     """

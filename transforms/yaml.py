@@ -85,7 +85,7 @@ class SampleVectors(beam.PTransform):
         super().__init__()
         if is_local(folder):
             os.makedirs(folder, exist_ok=True)
-        self._sample: sampling.SampleVectors[Any] = sampling.SampleVectors(size + HELD_OUT, folder)
+        self._sample = sampling.SampleVectors(size + HELD_OUT, folder)
 
     def expand(self, blocks: beam.PCollection[VectorBlock]) -> beam.PCollection[Sample]:
         return blocks | self._sample
