@@ -250,7 +250,7 @@ def make_plans(options: TrainOptions, kept: Sequence[KeptSample] = ()) -> list[P
     samples = matching(kept, sources) if options.resume else [None] * len(sources)
     each = zip(requests, ids, sources, limits, publications, samples, strict=True)
     plans = [_plan(options, *of_request) for of_request in each]
-    return _reading_once([replace(plan, gate=gate, previous=previous, least_gain=gain) for plan in plans])
+    return reading_once([replace(plan, gate=gate, previous=previous, least_gain=gain) for plan in plans])
 
 
 def _bars(options: TrainOptions, requests: Sequence[TrainingRequest]) -> tuple[Gate, float | None]:
@@ -373,7 +373,7 @@ def by_source(plans: Sequence[Plan]) -> list[list[Plan]]:
     return list(groups.values())
 
 
-def _reading_once(plans: list[Plan]) -> list[Plan]:
+def reading_once(plans: Sequence[Plan]) -> list[Plan]:
     """The plans, in their order, with what readers must pass on for the largest sample of each source."""
     keep = {}
     for together in by_source(plans):

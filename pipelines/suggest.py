@@ -13,10 +13,10 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipelines import display
 from pipelines.options import TrainOptions
-from pipelines.plan import Plan, sample_size_of
+from pipelines.plan import Plan, reading_once, sample_size_of
 from transforms.errors import RequestError
 from transforms.files import read_whole, write_whole
-from transforms.gate import Gate
+from transforms.gate import Gate, LeastRecall
 from transforms.sampling import Sample
 from transforms.suggest import Trial, best, candidates, ready
 from transforms.training import TrainModel, train_model
@@ -32,6 +32,10 @@ def check(options: TrainOptions) -> None:
         raise RequestError("--suggest writes no model: one --request, and no --publish, --resume or --compare_to")
     if not options.eval_vectors:
         raise RequestError("eval_vectors is 0, but --suggest needs some to measure")
+    if options.max_imbalance is not None:
+        raise RequestError("--suggest chooses by recall and bytes: it takes no --max_imbalance")
+    if options.min_recall is not None and LeastRecall.parse(options.min_recall).nprobes is not None:
+        raise RequestError(f"min_recall is {options.min_recall!r}, but --suggest finds nprobes itself: leave them out")
 
 
 def plans(plan: Plan, options: TrainOptions) -> list[Plan]:
@@ -40,7 +44,7 @@ def plans(plan: Plan, options: TrainOptions) -> list[Plan]:
     for request in candidates(plan.request, plan.summary.count):
         sample_size = sample_size_of(options, request, plan.summary.count)
         found.append(replace(plan, request=request, sample_size=sample_size, gate=Gate()))
-    return found
+    return reading_once(found)
 
 
 def build(sample: beam.PCollection[Sample], tried: Sequence[Plan], options: TrainOptions, folder: str) -> None:

@@ -12,15 +12,18 @@ from typing import Any
 
 import apache_beam as beam
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipelines import train
+from pipelines import suggest, train
 from pipelines.options import parse
 from pipelines.plan import make_plans
 from tests.opensearch_server import OpenSearchServer
 from tests.test_train import REQUEST, VECTORS, D, arguments, write_export
 from transforms.errors import RequestError, TrainingError
 from transforms.model_files import ModelFiles
+from transforms.sampling import keep_fraction
 
 DRIFTED = VECTORS + np.float32(2) * np.random.default_rng(3).standard_normal((len(VECTORS), D)).astype(np.float32)
 
@@ -130,6 +133,14 @@ def test_a_model_below_the_bar_does_not_replace_a_good_one(work: Path, export: s
     assert (work / "models" / "old" / "report.html").read_text() == report
 
 
+def test_a_model_that_was_not_measured_has_no_report_of_the_one_it_replaces(
+    work: Path, export: str, old: dict[str, Any]
+) -> None:
+    assert "report.html" in in_folder(work, "old")
+    train.run(arguments(work, export, "--model_id", "old", "--overwrite", "--eval_vectors", "0"))
+    assert in_folder(work, "old") == {"model.faiss", "model.json"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -143,6 +154,8 @@ def test_a_model_below_the_bar_does_not_replace_a_good_one(work: Path, export: s
         (["--suggest"], "--suggest needs --min_recall or --max_bytes_per_vector"),
         (["--suggest", "--max_bytes_per_vector", "0"], "max_bytes_per_vector is 0, but must be above 0"),
         (["--suggest", "--min_recall", "0.9@10", "--publish", "auto"], "--suggest writes no model"),
+        (["--suggest", "--min_recall", "0.9@10", "--max_imbalance", "2"], "--suggest chooses by recall and bytes"),
+        (["--suggest", "--min_recall", "0.9@10/nprobes=4"], "min_recall is '0.9@10/nprobes=4', but --suggest finds"),
     ],
 )
 def test_bad_flags_are_refused_before_any_work(work: Path, export: str, words: list[str], message: str) -> None:
@@ -240,6 +253,17 @@ def test_a_new_model_that_is_no_better_is_not_kept(work: Path, export: str, caps
     assert os.listdir(work / "models") == ["old"]
 
 
+def test_too_few_vectors_to_compare_with_keep_no_old_model(work: Path, old: dict[str, Any]) -> None:
+    """What the file does not say: nearly all of its rows are null."""
+    lists: list[Any] = [None] * 5_000
+    lists[::10] = VECTORS[:500].tolist()
+    table = pa.table({"v": pa.array(lists, pa.list_(pa.float32()))})
+    pq.write_table(table, work / "few.parquet", write_statistics=False)
+    compared = ["--compare_to", "old", "--only_if_better", "2%", "--max_training_vector_count", "1000"]
+    with pytest.raises(TrainingError, match=r"compare_to needs 100 vectors .* but 0 of 500 are left"):
+        train.run(arguments(work, str(work / "few.parquet"), *compared))
+
+
 def test_what_cannot_be_compared(work: Path, export: str, old: dict[str, Any]) -> None:
     flat = {**REQUEST["method"], "parameters": {"nlist": 8}}
     with pytest.raises(RequestError, match='compare_to: model "old" has encoder pq, this request flat'):
@@ -288,6 +312,17 @@ def test_suggest_prints_a_request_that_trains_as_well_as_it_says(
     (work / "request.json").write_text(printed.out)
     (model,) = train.run(arguments(work, export))
     assert model["quality"]["at"]["expected"]["10"] >= 0.8
+
+
+def test_what_is_read_suffices_for_all_that_is_suggested(work: Path, export: str) -> None:
+    """The request itself has so few lists that it needs less than half of the vectors."""
+    words = ["--suggest", "--min_recall", "0.8@10", "--eval_vectors", "300"]
+    options, _ = parse(arguments(work, export, *words))
+    (plan,) = make_plans(options)
+    tried = suggest.plans(plan, options)
+    largest = max(each.rows_wanted for each in tried)
+    assert plan.keep < 0.5 < largest / plan.summary.count
+    assert {each.keep for each in tried} == {keep_fraction(largest, plan.summary.count)}
 
 
 def test_a_pattern_means_the_newest_model_of_a_schedule(work: Path, export: str, capsys: Any) -> None:

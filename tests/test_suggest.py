@@ -35,6 +35,8 @@ def test_candidates_are_the_own_method_and_codes_of_several_sizes() -> None:
 def test_candidates_can_be_trained_on_what_there_is() -> None:
     assert names(2_000, request())[1] == "IVF32,Flat"
     assert names(200, request(dimension=7)) == ["IVF100,Flat", "IVF4,Flat", "IVF4,SQfp16"]  # too few for 256 codewords
+    few = request(max_training_vector_count=200)
+    assert names(10_000, few) == ["IVF100,Flat", "IVF4,Flat", "IVF4,SQfp16"]
     assert names(10_000, request(dimension=7))[3:] == ["IVF256,PQ7x8", "IVF256,PQ1x8"]
     assert all(int(name[3:].partition(",")[0]) < 20_000 for name in names(10**10, request()))
 
@@ -85,6 +87,15 @@ def test_what_cannot_be_had_is_said_with_what_comes_nearest() -> None:
         best(TRIALS, None, 20)
     with pytest.raises(TrainingError, match="nothing could be trained: no memory"):
         best([Trial(FLAT.request, None, error="no memory")], None, 20)
+
+
+def test_a_recall_that_could_not_be_measured() -> None:
+    rows = [{"nprobes": 1, "expected": {"10": 0.9}}]
+    few = Trial(FLAT.request, {**FLAT.quality, "recall": rows})  # type: ignore[dict-item]
+    assert few.row(LeastRecall(0.5, 100)) == rows[0]
+    assert best([few], LeastRecall(0.5, 10), None) == few
+    with pytest.raises(TrainingError, match="about recall@100, but there are too few vectors to measure it"):
+        best([few], LeastRecall(0.5, 100), None)
 
 
 @pytest.mark.parametrize(("chosen", "level"), [(FLAT, "1x"), (FINE, "8x"), (ROUGH, "32x")])

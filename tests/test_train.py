@@ -211,8 +211,8 @@ def test_bad_vectors_that_are_met_only_on_reading_again_are_listed_too(work: Pat
     (work / "bad").mkdir()
     table = pa.table({"v": pa.array(lists, pa.list_(pa.float32()))})
     pq.write_table(table, work / "bad" / "a.parquet", write_statistics=False)
-    few = ["--max_training_vector_count", "1000", "--eval_vectors", "300", "--max_bad_vectors", "10", "--model_id", "few"]
-    model = trained(arguments(work, str(work / "bad" / "*.parquet"), *few))
+    few = ["--max_training_vector_count", "1000", "--eval_vectors", "300", "--max_bad_vectors", "10"]
+    model = trained(arguments(work, str(work / "bad" / "*.parquet"), "--model_id", "few", *few))
     assert (model["provenance"]["vectors_in_source"], model["provenance"]["vectors_sampled"]) == (5_000, 490)
     assert model["provenance"]["kept_fraction"] < 0.9
     assert rejected_rows(work, "few") == sorted(f"row {bad}" for bad in range(0, 400, 40))

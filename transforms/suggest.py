@@ -42,9 +42,9 @@ class Trial:
         return value
 
     def most(self, k: int) -> float:
-        """The largest recall@k, with whatever nprobes."""
+        """The largest recall@k, with whatever nprobes; 0 where there were too few vectors to measure it."""
         assert self.quality is not None
-        return max(row["expected"][str(k)] for row in self.quality["recall"])
+        return max(row["expected"].get(str(k), 0.0) for row in self.quality["recall"])
 
     def row(self, least: LeastRecall | None = None) -> Mapping[str, Any]:
         """The measured row with the fewest nprobes that reach `least`, or else about all that the codes can."""
@@ -52,16 +52,17 @@ class Trial:
         k = 10 if least is None else least.k
         reached = least is not None and self.most(k) >= least.share
         bar = least.share if least is not None and reached else self.most(k) - _WORTH
-        return next(row for row in self.quality["recall"] if row["expected"][str(k)] >= bar)
+        return next(row for row in self.quality["recall"] if row["expected"].get(str(k), 0.0) >= bar)
 
 
 def candidates(request: TrainingRequest, count: int) -> list[TrainingRequest]:
     """A small grid around `request` for `count` vectors: its own method, and IVF with codes of several sizes.
 
-    nlist is the power of two next to 2 sqrt(count), within what the vectors suffice to train.
+    nlist is the power of two next to 2 sqrt(count), within what the vectors to train on suffice for.
     """
+    trained = min(count, request.max_training_vector_count)
     nlist = 2 ** round(math.log2(2 * math.sqrt(count)))
-    while nlist > 1 and (nlist > _MOST_LISTS or 39 * nlist > count):
+    while nlist > 1 and (nlist > _MOST_LISTS or 39 * nlist > trained):
         nlist //= 2
     encoders: list[dict[str, Any] | None] = [None]
     if request.data_type == "float":
@@ -70,7 +71,7 @@ def candidates(request: TrainingRequest, count: int) -> list[TrainingRequest]:
     found = {request.index_description: request}
     for encoder in encoders:
         candidate = _with_method(request, nlist, encoder)
-        if candidate.minimum_vectors <= count:
+        if candidate.minimum_vectors <= trained:
             found.setdefault(candidate.index_description, candidate)
     return list(found.values())
 
@@ -122,6 +123,8 @@ def best(trials: Sequence[Trial], least: LeastRecall | None, most_bytes: float |
             f"{smallest.bytes_per_vector:.1f}"
         )
     k = 10 if least is None else least.k
+    if not any(trial.most(k) for trial in fit):
+        raise TrainingError(f"min_recall is about recall@{k}, but there are too few vectors to measure it")
     most = max(fit, key=lambda trial: trial.most(k))
     if least is None:
         return most
