@@ -13,11 +13,11 @@ from typing import Any
 from pipelines.options import TrainOptions, body
 from pipelines.pruning import newest
 from pipelines.resume import KeptSample, matching
-from transforms import faiss_training
 from transforms.comparison import FEWEST_VECTORS, Previous, check_comparable, parse_gain
 from transforms.errors import RequestError
 from transforms.files import read_whole
 from transforms.gate import Gate, LeastRecall
+from transforms.memory import training_memory
 from transforms.model import TrainedModel, random_model_id
 from transforms.model_files import ModelFiles, check_model_id
 from transforms.model_ids import expand, is_pattern
@@ -29,7 +29,7 @@ from transforms.quality import hold_out
 from transforms.request import TrainingRequest
 from transforms.sampling import keep_fraction
 from transforms.training import TrainModel, available_cores
-from transforms.vectors import NUMPY_TYPES, SourceSummary, VectorSource, columns
+from transforms.vectors import NUMPY_TYPES, ROW_BYTES, SourceSummary, VectorSource, columns
 from transforms.versions import NEWEST_TARGET
 
 #: Rows set aside to try the trained model with where it is not evaluated.
@@ -100,7 +100,7 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """Estimated peak of the training process."""
-        return faiss_training.estimate_memory(self.request, self.sample_size, self.rows_wanted - self.sample_size)
+        return training_memory(self.request, self.sample_size, self.held_out, self.evaluate)
 
     @property
     def worker_bytes(self) -> int:
@@ -123,7 +123,8 @@ class Plan:
     @property
     def spill_bytes(self) -> int:
         """Bytes under the temporary folder."""
-        row = columns(self.request.dimension, self.request.data_type) * NUMPY_TYPES[self.request.data_type].itemsize + 8
+        values = columns(self.request.dimension, self.request.data_type)
+        row = values * NUMPY_TYPES[self.request.data_type].itemsize + ROW_BYTES
         return int(min(self.summary.count, self.keep * self.summary.count + 1) * row)
 
     def train_model(self, threads: int, previous: Previous | None = None) -> TrainModel:

@@ -10,6 +10,7 @@ import pytest
 
 from transforms import faiss_training, quantization
 from transforms.errors import TrainingError
+from transforms.memory import training_memory
 from transforms.request import TrainingRequest
 
 D = 16
@@ -249,7 +250,7 @@ def test_check_refuses_a_blob_with_vectors_and_one_with_broken_codewords() -> No
 
 def test_memory_estimate_counts_what_it_depends_on() -> None:
     count, row = 1_000_000, 4 * D
-    flat = faiss_training.estimate_memory(request(), 2_000)
-    assert faiss_training.estimate_memory(request(), count) >= flat + (count - 2_000) * row
-    assert faiss_training.estimate_memory(request(encoder=PQ), 8_192) >= flat + 8_192 * row  # residuals
-    assert faiss_training.estimate_memory(request(data_type="byte"), count) >= count * 5 * D
+    flat = training_memory(request(), 2_000)
+    assert training_memory(request(), count) >= flat + (count - 2_000) * row
+    assert training_memory(request(encoder=PQ), 8_192) >= flat + 8_192 * row  # residuals
+    assert training_memory(request(data_type="byte"), count) >= count * 5 * D

@@ -16,8 +16,9 @@ import numpy as np
 import psutil
 import pytest
 
-from transforms import faiss_training, trainer_process
+from transforms import trainer_process
 from transforms.errors import TrainingError
+from transforms.memory import training_memory
 from transforms.request import TrainingRequest
 from transforms.spill import SpillWriter
 from transforms.trainer_process import TrainingJob, train_in_process
@@ -149,17 +150,29 @@ def test_kill_children_ends_a_training(tmp_path: Path) -> None:
     timer.join()
 
 
-def test_memory_estimate_is_about_the_measured_peak(tmp_path: Path) -> None:
-    vectors = np.random.default_rng(1).standard_normal((65_536, 256)).astype(np.float32)
-    body = {**BODY, "dimension": 256, "method": {"name": "ivf", "engine": "faiss", "parameters": {"nlist": 32}}}
-    body["method"]["parameters"]["encoder"] = {"name": "pq", "parameters": {"m": 8, "code_size": 8}}
+@pytest.mark.parametrize("evaluate", [False, True])
+@pytest.mark.parametrize(("rows", "dimension", "encoder"), [(65_536, 256, "pq"), (15_000, 1024, "flat")])
+def test_memory_estimate_is_about_the_measured_peak(
+    tmp_path: Path, rows: int, dimension: int, encoder: str, evaluate: bool
+) -> None:
+    vectors = np.random.default_rng(1).standard_normal((rows, dimension)).astype(np.float32)
+    body = {**BODY, "dimension": dimension, "method": {"name": "ivf", "engine": "faiss", "parameters": {"nlist": 32}}}
+    if encoder == "pq":
+        body["method"]["parameters"]["encoder"] = {"name": "pq", "parameters": {"m": 8, "code_size": 8}}
     writer = SpillWriter(str(tmp_path))
     writer.append(np.arange(len(vectors), dtype=np.uint64), vectors, np.linspace(0, 1, len(vectors)))
     written = writer.close()
     assert written is not None
-    result = train_in_process(TrainingJob(body, "3.6.0", (written,), 2**64 - 1, len(vectors), 0, 2), lambda *_: None)
-    estimate = faiss_training.estimate_memory(TrainingRequest.from_fields(body), len(vectors))
+    told = TrainingJob(body, "3.6.0", (written,), 2**64 - 1, rows, 0, 2, corpus=rows * evaluate)
+    result = train_in_process(told, lambda *_: None)
+    estimate = training_memory(TrainingRequest.from_fields(body), rows, evaluate=evaluate)
     assert 0.75 < estimate / result.peak_memory < 1.33
+
+
+def test_the_child_does_not_load_beam() -> None:
+    """A hundred megabytes that the estimate does not have."""
+    code = "import sys, transforms.trainer_process, transforms.quality; sys.exit('apache_beam' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_job_s_body_resolves_to_the_same_request() -> None:

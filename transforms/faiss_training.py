@@ -180,34 +180,6 @@ def _properties(index: faiss.Index, wanted: faiss.Index, request: TrainingReques
     return pairs
 
 
-def estimate_memory(request: TrainingRequest, count: int, held_out: int = 0) -> int:
-    """Bytes that a process needs at its peak to train on `count` vectors; within a quarter where it was measured.
-
-    The terms: Python, numpy, faiss and its work space; the sample, with `held_out` rows that are set aside, and for
-    bytes its float copy; for IVF an assignment of 12 bytes a vector, the centroids three times, and the larger of the
-    subset that k-means draws from more than 256 nlist vectors and, for IVF-PQ, the residuals of the encoder's subset
-    with that subset itself, if it is one. Binary indexes decode 32 768 vectors to floats at a time. The sample's
-    priorities, positions and order take 48 bytes a vector while it is loaded.
-    """
-    dimension = request.trained_dimension
-    if request.data_type == "binary":
-        total = (count + held_out) * dimension // 8
-    else:
-        total = (count + held_out) * request.dimension * (5 if request.data_type == "byte" else 4)
-    total += 90_000_000 + 48 * count + 2 * request.blob_bytes
-    if request.is_binary:
-        total += count * dimension // 8 + 4 * min(count, 32_768) * dimension
-    elif request.nlist is not None:
-        total += 12 * count + 12 * request.nlist * dimension
-        drawn = 4 * 256 * request.nlist * dimension if count > 256 * request.nlist else 0
-        residuals = 0
-        if request.code_size is not None:
-            subset = min(count, 256 << request.code_size)
-            residuals = 4 * subset * dimension * (2 if count > subset else 1)
-        total += max(drawn, residuals)
-    return total
-
-
 def _clusterings(index: faiss.Index | faiss.IndexBinary) -> Iterator[faiss.ClusteringParameters]:
     """The parameters of each k-means that training the index runs."""
     if isinstance(index, (faiss.IndexIVF, faiss.IndexBinaryIVF)):

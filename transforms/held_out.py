@@ -20,6 +20,10 @@ _MOST_QUERIES = 1_000
 
 #: Values in the vectors that are searched: a fixed cost, 100 000 vectors of 128 dimensions.
 BASE_VALUES = 12_800_000
+
+#: Vectors to measure errors on, of those trained on and of those held out.
+ERROR_ROWS = 10_000
+
 _DEPTH = DEPTHS[-1]
 
 

@@ -1,11 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of an index that uses a model, in a cluster."""
+"""Memory that a training needs here, and an index that uses the model in a cluster."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from transforms.held_out import BASE_VALUES, ERROR_ROWS
 from transforms.request import TrainingRequest
+
+
+def training_memory(request: TrainingRequest, count: int, held_out: int = 0, evaluate: bool = False) -> int:
+    """Bytes that a process needs at its peak to train on `count` vectors and to try the model; within a quarter where
+    it was measured.
+
+    The terms: Python, numpy, faiss and its work space; the sample, with `held_out` rows that are set aside, and 48
+    bytes a vector for its priorities, positions and order while it is loaded; and the larger of two.
+
+    Training: for bytes a float copy; for IVF an assignment of 12 bytes a vector, the centroids three times, and the
+    larger of the subset that k-means draws from more than 256 nlist vectors and, for IVF-PQ, the residuals of the
+    encoder's subset with that subset itself, if it is one. Binary indexes decode 32 768 vectors to floats at a time.
+
+    Evaluation: the codes of the base, in lists that have grown to half as much again; for bytes a float copy of the
+    base; and twice the vectors that errors are measured on, to compare them with what the codes make of them.
+    """
+    dimension, columns = request.trained_dimension, request.dimension // (8 if request.data_type == "binary" else 1)
+    row = columns * (4 if request.data_type == "float" else 1)
+    fixed = 90_000_000 + (count + held_out) * row + 48 * count + 2 * request.blob_bytes
+    copy = 4 * request.dimension if request.data_type == "byte" else 0
+    training = copy * count
+    if request.is_binary:
+        training += count * dimension // 8 + 4 * min(count, 32_768) * dimension
+    elif request.nlist is not None:
+        training += 12 * count + 12 * request.nlist * dimension
+        drawn = 4 * 256 * request.nlist * dimension if count > 256 * request.nlist else 0
+        residuals = 0
+        if request.code_size is not None:
+            subset = min(count, 256 << request.code_size)
+            residuals = 4 * subset * dimension * (2 if count > subset else 1)
+        training += max(drawn, residuals)
+    evaluation = 0
+    if evaluate:
+        base = min(count + held_out, BASE_VALUES // columns)
+        evaluation = int(1.5 * code_bytes(request) * base) + copy * base
+        if not request.is_binary:
+            evaluation += 8 * request.dimension * min(base, ERROR_ROWS)
+    return fixed + max(training, evaluation)
 
 
 def index_memory(request: TrainingRequest, vectors: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from transforms import faiss_training, index_statistics
 from transforms.codebooks import codec_of, read_index
 from transforms.drift import drift
-from transforms.held_out import Split, exact, split_sample
+from transforms.held_out import ERROR_ROWS, Split, exact, split_sample
 from transforms.memory import index_memory
 from transforms.recall import DEPTHS
 from transforms.request import TrainingRequest
@@ -32,8 +32,9 @@ FEWEST_VECTORS = DEPTHS[0] + 1
 # Small codebooks, trained in a second or two on vectors as they were read, to see what normalising them gains: as many
 # vectors at most, this many for each codeword at least, and so many iterations.
 _RAW_ROWS, _FEW_LISTS, _PER_CODEWORD, _ITERATIONS = 10_000, 16, 20, 10
-# Vectors to measure errors on, of those trained on and of those held out.
-_ERROR_ROWS = 10_000
+# For PQ with 16 or more dimensions a sub-quantizer faiss makes tables of 4 m 2^code_size bytes a vector, for 262 144
+# vectors at once. With so few the tables of 50 000 vectors (m 8) took 192 MB instead of 419 and 0.2 s instead of 0.9.
+faiss.cvar.product_quantizer_compute_codes_bs = 1024
 # A training set whose error is so much smaller than that of other vectors does not stand for them in the base.
 _OVERFIT = 1.2
 
@@ -145,9 +146,9 @@ def quantization_error(blob: bytes, request: TrainingRequest, vectors: np.ndarra
     """
     index = read_index(blob)
     if isinstance(index, faiss.IndexBinary):
-        codes = faiss_training.codes(vectors[:_ERROR_ROWS].copy(), request)
+        codes = faiss_training.codes(vectors[:ERROR_ROWS].copy(), request)
         return float(index.quantizer.search(codes, 1)[0].mean()) / index.d
-    matrix = faiss_training.prepare(vectors[:_ERROR_ROWS].copy(), request)
+    matrix = faiss_training.prepare(vectors[:ERROR_ROWS].copy(), request)
     if not isinstance(index, faiss.IndexIVF) or isinstance(index, faiss.IndexIVFPQ):
         codec = codec_of(index)
         return float(((codec.sa_decode(codec.sa_encode(matrix)) - matrix) ** 2).sum(axis=1).mean())
@@ -167,8 +168,8 @@ def _float_errors(
     codec = codec_of(index)  # not the graph above it, which is slow to build and not searched here
     codec.add(np.ascontiguousarray(split.base, np.float32))
     first = split.base_trained
-    parts = {"training": range(0, min(first, _ERROR_ROWS)), "held_out": range(first, len(split.base))}
-    parts = {name: rows[:_ERROR_ROWS] for name, rows in parts.items() if len(rows)}
+    parts = {"training": range(0, min(first, ERROR_ROWS)), "held_out": range(first, len(split.base))}
+    parts = {name: rows[:ERROR_ROWS] for name, rows in parts.items() if len(rows)}
     errors: dict[str, Any] = {name: index_statistics.errors(index, split.base, rows) for name, rows in parts.items()}
     each = {name: error.pop("each", None) for name, error in errors.items()}
     each_row = {name: error.pop("rows") for name, error in errors.items()}
@@ -178,7 +179,7 @@ def _float_errors(
         codec.reset()
         split = split.without_trained()
         codec.add(np.ascontiguousarray(split.base, np.float32))
-    shown = np.ascontiguousarray(split.base[:_ERROR_ROWS], np.float32)
+    shown = np.ascontiguousarray(split.base[:ERROR_ROWS], np.float32)
     errors["variance"] = float(shown.var(axis=0, dtype=np.float64).sum())
     subquantizers = index_statistics.subquantizers(index, each)
     return errors, each_row, subquantizers, split
@@ -199,7 +200,7 @@ def _binary_errors(
     """Adds the packed base to `index`; the mean errors of its rows, and those of each row."""
     index.add(base)
     first = split.base_trained
-    parts = {"training": base[: min(first, _ERROR_ROWS)], "held_out": base[first:][:_ERROR_ROWS]}
+    parts = {"training": base[: min(first, ERROR_ROWS)], "held_out": base[first:][:ERROR_ROWS]}
     each_row = {name: index.quantizer.search(rows, 1)[0].ravel() / index.d for name, rows in parts.items() if len(rows)}
     return {name: {"coarse": float(each.mean())} for name, each in each_row.items()}, each_row
 
@@ -228,9 +229,9 @@ def _lengths(vectors: np.ndarray, trained: int, request: TrainingRequest) -> dic
     """Lengths of the vectors as they were read: those held out, and those trained on unless they were normalised."""
     if request.data_type == "binary":
         return {}
-    parts = {"held_out": vectors[trained:][:_ERROR_ROWS]}
+    parts = {"held_out": vectors[trained:][:ERROR_ROWS]}
     if not request.normalize:
-        parts["training"] = vectors[:trained][:_ERROR_ROWS]
+        parts["training"] = vectors[:trained][:ERROR_ROWS]
     return {name: index_statistics.lengths_of(rows) for name, rows in parts.items()}
 
 

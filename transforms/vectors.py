@@ -18,14 +18,15 @@ from apache_beam import coders
 #: Largest number of bytes in one block, priorities and positions included.
 MAX_BLOCK_BYTES = 4_000_000
 
+#: Bytes of a row beside its vector: the priority and the position.
+ROW_BYTES = 12
+
 #: What the plugin's `data_type` is in numpy: binary vectors travel packed, 8 dimensions a byte.
 NUMPY_TYPES: dict[str, np.dtype] = {"float": np.dtype("<f4"), "byte": np.dtype("i1"), "binary": np.dtype("u1")}
 
 _WIRE_TYPES = tuple(NUMPY_TYPES.values())
 _HEADER = struct.Struct("<BBIQ")  # version, index into _WIRE_TYPES, columns, rows
 _VERSION = 2
-# Of a row, beside its vector: the priority and the position.
-_ROW_BYTES = 12
 
 
 def columns(dimension: int, data_type: str) -> int:
@@ -35,7 +36,7 @@ def columns(dimension: int, data_type: str) -> int:
 
 def block_rows(row_bytes: int) -> int:
     """Rows of `row_bytes` bytes that fit a block beside their priorities and positions; at least one."""
-    return max(1, MAX_BLOCK_BYTES // (row_bytes + _ROW_BYTES))
+    return max(1, MAX_BLOCK_BYTES // (row_bytes + ROW_BYTES))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +94,12 @@ class VectorBlockCoder(coders.Coder):
             raise ValueError(f"VectorBlock version {version}, expected {_VERSION}")
         priorities = np.frombuffer(encoded, "<u8", rows, _HEADER.size)
         positions = np.frombuffer(encoded, "<f4", rows, _HEADER.size + 8 * rows)
-        vectors = np.frombuffer(encoded, _WIRE_TYPES[kind], rows * cols, _HEADER.size + _ROW_BYTES * rows)
+        vectors = np.frombuffer(encoded, _WIRE_TYPES[kind], rows * cols, _HEADER.size + ROW_BYTES * rows)
         return VectorBlock(priorities, vectors.reshape(rows, cols), positions)
 
     def estimate_size(self, block: VectorBlock) -> int:
         # Without this Beam encodes every block again only to learn its size.
-        return _HEADER.size + _ROW_BYTES * len(block) + block.vectors.nbytes
+        return _HEADER.size + ROW_BYTES * len(block) + block.vectors.nbytes
 
     def is_deterministic(self) -> bool:
         return True
