@@ -17,6 +17,7 @@ from transforms.opensearch.reading import MAX_REQUESTS_IN_FLIGHT
 from transforms.opensearch.routes import ROUTES
 from transforms.quality import EVAL_VECTORS
 from transforms.request import NEWEST_TARGET
+from transforms.request_body import read_json
 
 #: Fields of the Train API's body that are flags too.
 BODY_FIELDS = (
@@ -135,6 +136,9 @@ class TrainOptions(PipelineOptions):
         publish("--no_verify", dest="verify", action="store_false", help=text)
 
 
+_DRY_RUN = "--dry_run"
+
+
 def parse(argv: Sequence[str]) -> tuple[TrainOptions, bool]:
     """The options and whether `--dry_run` was given.
 
@@ -145,15 +149,16 @@ def parse(argv: Sequence[str]) -> tuple[TrainOptions, bool]:
     """
     ours = _Parser(allow_abbrev=False, add_help=False)
     TrainOptions._add_argparse_args(ours)
-    rest = _without_values([word for word in argv if word != "--dry_run"], ours)
+    words = _without_values(argv, ours)
+    rest = [word for word in words if word != _DRY_RUN]
     _, others = ours.parse_known_args(rest)
     _refuse_unknown(others, ours)
-    return TrainOptions(rest), len(rest) < len(argv)
+    return TrainOptions(rest), _DRY_RUN in words
 
 
 def _without_values(words: Sequence[str], ours: argparse.ArgumentParser) -> list[str]:
     """`words` with the values taken off flags that have none: launchers of Dataflow templates write `--flag=true`."""
-    bare = {name for action in ours._actions if action.nargs == 0 for name in action.option_strings}
+    bare = {_DRY_RUN, *(name for action in ours._actions if action.nargs == 0 for name in action.option_strings)}
     kept = []
     for word in words:
         name, _, value = word.partition("=")
@@ -173,26 +178,18 @@ def print_help() -> None:
         epilog="Beam's own options, such as --runner and --temp_location, are accepted too.",
     )
     TrainOptions._add_argparse_args(parser)
-    parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan and write nothing")
+    parser.add_argument(_DRY_RUN, action="store_true", help="check everything, print the plan and write nothing")
     parser.print_help()
 
 
-def body(options: TrainOptions, text: str | None) -> str:
-    """The Train API body: the JSON `text` of --request, with the flags that were given in place of its fields.
+def body(options: TrainOptions, request: bytes | None) -> str:
+    """The Train API body: the JSON of --request, with the flags that were given in place of its fields.
 
-    Returns:
-      JSON text; without a flag it is `text` itself, so that a duplicated key in it is still seen.
+    Raises:
+      RequestError: `request` is not a JSON object, or has a field twice.
     """
     given = {name: getattr(options, name) for name in BODY_FIELDS if getattr(options, name) is not None}
-    if text is None:
-        return json.dumps(given)
-    if not given:
-        return text
-    try:
-        fields = json.loads(text)
-    except ValueError:
-        return text  # the request's own parser says what is wrong with it
-    return json.dumps({**fields, **given}) if isinstance(fields, dict) else text
+    return json.dumps({**dict(read_json(request) if request is not None else ()), **given})
 
 
 class _Parser(_BeamArgumentParser):

@@ -15,7 +15,6 @@ from pipelines.pruning import newest
 from pipelines.resume import KeptSample, matching
 from transforms.comparison import FEWEST_VECTORS, Previous, check_comparable, parse_gain
 from transforms.errors import RequestError
-from transforms.files import read_whole
 from transforms.gate import Gate, LeastRecall
 from transforms.memory import training_memory
 from transforms.model import TrainedModel, random_model_id
@@ -27,6 +26,7 @@ from transforms.opensearch.session import LAUNCHER_ATTEMPTS
 from transforms.parquet import ParquetVectors
 from transforms.quality import hold_out
 from transforms.request import TrainingRequest
+from transforms.request_body import read_request
 from transforms.sampling import keep_fraction
 from transforms.training import TrainModel, available_cores
 from transforms.vectors import NUMPY_TYPES, ROW_BYTES, SourceSummary, VectorSource, columns
@@ -34,6 +34,9 @@ from transforms.versions import NEWEST_TARGET
 
 #: Rows set aside to try the trained model with where it is not evaluated.
 CHECKED = 16
+
+#: Beyond these faiss ends in an overflow, OpenMP without a word.
+MOST_ITERATIONS, MOST_THREADS = 10_000, 1_024
 
 #: Memory of a Beam worker that has the libraries loaded and trains in another process: 266 MB where it was measured.
 WORKER_BYTES = 300_000_000
@@ -210,11 +213,15 @@ def make_plans(options: TrainOptions, kept: Sequence[KeptSample] = ()) -> list[P
     """
     for name in ("niter", "nredo"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise RequestError(f"{name} is {value}, expected 1 or more")
+        if value is not None and not 1 <= value <= MOST_ITERATIONS:
+            raise RequestError(f"{name} is {value}, expected 1 to {MOST_ITERATIONS}")
     for name in ("max_bad_vectors", "training_threads", "slices", "eval_vectors"):
         if getattr(options, name) < 0:
             raise RequestError(f"{name} is {getattr(options, name)}, but must be 0 or more")
+    if options.training_threads > MOST_THREADS:
+        raise RequestError(f"training_threads is {options.training_threads}, but at most {MOST_THREADS} can be started")
+    if options.max_bytes_per_vector is not None and not options.suggest:
+        raise RequestError("--max_bytes_per_vector is for --suggest to choose by; a request says itself what it takes")
     if options.accelerator is not None and not _ACCELERATOR.fullmatch(options.accelerator):
         raise RequestError(
             f"accelerator is {options.accelerator!r}, expected a type and a count, as "
@@ -394,15 +401,9 @@ def _named(options: TrainOptions) -> list[tuple[str | None, str | None]]:
 
 
 def _request(options: TrainOptions, file: str | None, model_id: str | None, version: str) -> TrainingRequest:
-    text = None
-    if file is not None:
-        try:
-            text = read_whole(file).decode()
-        except (OSError, ValueError) as error:
-            raise RequestError(f"cannot read request {file!r}: {error}") from error
     try:
         return TrainingRequest.parse(
-            body(options, text),
+            body(options, None if file is None else read_request(file)),
             model_id=model_id,
             preference=options.preference,
             node_id=options.node_id,

@@ -26,7 +26,7 @@ def check(options: TrainOptions) -> None:
     """Raises RequestError for flags that do not go together."""
     if options.min_recall is None and options.max_bytes_per_vector is None:
         raise RequestError("--suggest needs --min_recall or --max_bytes_per_vector: the best under what?")
-    if options.max_bytes_per_vector is not None and options.max_bytes_per_vector <= 0:
+    if options.max_bytes_per_vector is not None and not options.max_bytes_per_vector > 0:
         raise RequestError(f"max_bytes_per_vector is {options.max_bytes_per_vector:g}, but must be above 0")
     if options.publish or options.resume or options.compare_to is not None or len(options.request or ()) > 1:
         raise RequestError("--suggest writes no model: one --request, and no --publish, --resume or --compare_to")

@@ -149,6 +149,8 @@ def test_a_model_that_was_not_measured_has_no_report_of_the_one_it_replaces(
         (["--min_recall", "0.9@10/nprobes=9"], "min_recall has nprobes 9, expected 1 to nlist, 8"),
         (["--min_recall", "0.9@10", "--eval_vectors", "0"], "eval_vectors is 0, but --min_recall"),
         (["--max_imbalance", "0.2"], "max_imbalance is 0.2, but lists of one size have 1"),
+        (["--max_imbalance", "nan"], "max_imbalance is nan, but lists of one size have 1"),
+        (["--suggest", "--max_bytes_per_vector", "nan"], "max_bytes_per_vector is nan, but must be above 0"),
         (["--only_if_better", "2%"], "--only_if_better needs --compare_to MODEL_ID"),
         (["--compare_to", "none"], 'compare_to: Model "none" does not exist in'),
         (["--suggest"], "--suggest needs --min_recall or --max_bytes_per_vector"),

@@ -263,8 +263,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
             "nlist is 13000, but there are",
         ),
         (["--max_bad_vectors", "-1"], "must be 0 or more"),
-        (["--niter", "0"], "niter is 0, expected 1 or more"),
-        (["--nredo", "-2"], "nredo is -2, expected 1 or more"),
+        (["--niter", "0"], "niter is 0, expected 1 to 10000"),
+        (["--nredo", "-2"], "nredo is -2, expected 1 to 10000"),
+        (["--niter", "99999999999"], "niter is 99999999999, expected 1 to 10000"),
+        (["--training_threads", "100000"], "training_threads is 100000, but at most 1024 can be started"),
+        (["--max_bytes_per_vector", "10"], "--max_bytes_per_vector is for --suggest to choose by"),
         (["--niter", "ten"], "argument --niter: invalid int value: 'ten'"),
         (
             ["--opensearch_url", "http://localhost:9"],
@@ -336,8 +339,15 @@ def test_an_id_says_what_was_asked(work: Path, export: str) -> None:
 
 def test_flags_without_a_value_may_have_one() -> None:
     """As the launchers of Dataflow templates write them."""
-    options, _ = parse(["--overwrite=true", "--use_all_vectors=False", "--no_verify=TRUE"])
-    assert (options.overwrite, options.use_all_vectors, options.verify) == (True, False, False)
+    options, dry_run = parse(["--overwrite=true", "--use_all_vectors=False", "--no_verify=TRUE"])
+    assert (options.overwrite, options.use_all_vectors, options.verify, dry_run) == (True, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "dry_run"), [(["--dry_run"], True), (["--dry_run=true"], True), (["--dry_run=False"], False), ([], False)]
+)
+def test_a_dry_run_is_what_was_asked_for(words: list[str], dry_run: bool) -> None:
+    assert parse(["--seed", "1", *words])[1] == dry_run
 
 
 def test_duplicate_keys_in_the_file_are_seen(work: Path, export: str) -> None:
@@ -791,12 +801,15 @@ def test_what_does_not_fit_the_cluster(
 def test_body_puts_flags_over_the_file() -> None:
     options = TrainOptions(["--dimension", "3", "--mode", "on_disk"])
     assert json.loads(body(options, None)) == {"dimension": 3, "mode": "on_disk"}
-    assert json.loads(body(options, '{"dimension": 4, "engine": "faiss"}')) == {
+    assert json.loads(body(options, b'{"dimension": 4, "engine": "faiss"}')) == {
         "dimension": 3,
         "mode": "on_disk",
         "engine": "faiss",
     }
-    assert body(TrainOptions([]), "{not json") == "{not json"
+    with pytest.raises(RequestError, match="request body is not valid JSON"):
+        body(options, b"{not json")
+    with pytest.raises(RequestError, match="Duplicate field 'mode'"):
+        body(options, b'{"mode": "on_disk", "mode": "on_disk"}')
 
 
 def test_dry_run_is_ours_and_not_beam_s() -> None:

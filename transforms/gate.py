@@ -71,7 +71,7 @@ class Gate:
 
     def check(self, request: TrainingRequest) -> None:
         """Refuses bars that a model of `request` has no number for. Raises RequestError."""
-        if self.imbalance is not None and self.imbalance < 1:
+        if self.imbalance is not None and not self.imbalance >= 1:
             raise RequestError(f"max_imbalance is {self.imbalance:g}, but lists of one size have 1")
         if request.nlist is None:
             if self.imbalance is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from transforms import method as methods
 from transforms.errors import RequestError
+from transforms.files import read_whole
 from transforms.method import INT_MAX, UNDEFINED, Context, Method, UserMethod, validation_failed
 from transforms.versions import Version
 
@@ -40,6 +41,14 @@ class Fields:
     compression_level: str | None = None
     space_type: str = UNDEFINED
     engine: str = UNDEFINED
+
+
+def read_request(path: str) -> bytes:
+    """A file with a Train API body, on any Beam filesystem. Raises RequestError."""
+    try:
+        return read_whole(path)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read request {path!r}: {error}") from error
 
 
 def read_json(body: str | bytes) -> Iterable[tuple[str, Any]]:

@@ -17,8 +17,8 @@ from typing import Any
 import apache_beam as beam
 
 from transforms import opensearch, sampling, training
-from transforms.errors import RequestError, TrainingError
-from transforms.files import is_local, read_whole
+from transforms.errors import TrainingError
+from transforms.files import is_local
 from transforms.model import CREATED, TrainedModel, random_model_id
 from transforms.model_files import check_model_id
 from transforms.model_ids import expand
@@ -26,6 +26,7 @@ from transforms.opensearch import OpenSearchConnection, writing
 from transforms.opensearch.routes import AUTO
 from transforms.opensearch.writing import WriteToModelIndexResult
 from transforms.request import TrainingRequest
+from transforms.request_body import read_request
 from transforms.sampling import Sample, keep_fraction
 from transforms.vectors import VectorBlock
 from transforms.versions import NEWEST_TARGET
@@ -147,13 +148,7 @@ class WriteToModelIndex(beam.PTransform):
 
 
 def _request(request: Mapping[str, Any] | str, target_version: str) -> TrainingRequest:
-    if isinstance(request, str):
-        try:
-            body = read_whole(request).decode()
-        except (OSError, ValueError) as error:
-            raise RequestError(f"cannot read request {request!r}: {error}") from error
-    else:
-        body = json.dumps(request)
+    body = read_request(request) if isinstance(request, str) else json.dumps(request)
     return TrainingRequest.parse(body, target_version=target_version, require_index=False, require_field=False)
 
 
