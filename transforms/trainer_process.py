@@ -89,13 +89,15 @@ class TrainingResult:
     kept: str = ""
 
 
-#: Running children of this process.
+#: Running children of this process, and those of them that were told to end.
 _children: set[subprocess.Popen[str]] = set()
+_stopped: set[subprocess.Popen[str]] = set()
 
 
 def kill_children() -> None:
-    """Ends all trainings of this process; their callers get a TrainingError."""
+    """Ends all trainings of this process; their callers get a TrainingError, "interrupted"."""
     for child in list(_children):
+        _stopped.add(child)
         child.kill()
 
 
@@ -137,6 +139,9 @@ def train_in_process(job: TrainingJob, progress: Progress) -> TrainingResult:
             child.kill()
             child.wait()
             _children.discard(child)
+        if child in _stopped:
+            _stopped.remove(child)
+            raise TrainingError("interrupted")
         listener.join(1)
         answer = Path(folder, "result.json")
         if code == 0 and answer.exists():

@@ -89,6 +89,32 @@ def test_the_environment_gives_references_only(monkeypatch, tmp_path):
     assert [host.get("url_prefix") for host in arguments["hosts"]] == ["prefix", None]
 
 
+def test_the_end_of_a_line_is_not_part_of_a_secret(monkeypatch, tmp_path):
+    monkeypatch.setenv("TOKEN", SECRET + "\n")
+    connection = OpenSearchConnection("http://h", bearer_token_from="env:TOKEN")
+    assert connection.client_arguments()["headers"] == {"authorization": f"Bearer {SECRET}"}
+    monkeypatch.setenv("TOKEN", SECRET + "\nmore")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    latin = OpenSearchConnection("http://h", bearer_token_from=f"file:{tmp_path}/latin")
+    for broken, message in ((connection, "in TOKEN has a line break"), (latin, "latin .* is not UTF-8")):
+        with pytest.raises(RequestError, match=message) as caught:
+            broken.client_arguments()
+        assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", [f"https://me:{SECRET}@h:9200", f"me:{SECRET}@h:9200", f"http://a,b:{SECRET}@h"])
+def test_a_password_in_the_url_is_refused_and_not_shown(url):
+    with pytest.raises(RequestError, match="holds a user or a password") as caught:
+        OpenSearchConnection(url)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_timeout_is_a_number_of_seconds(seconds):
+    with pytest.raises(RequestError, match=r"timeout_s is .*, expected a positive number of seconds"):
+        OpenSearchConnection.from_env({"OPENSEARCH_URL": "http://h", "OPENSEARCH_TIMEOUT_S": seconds})
+
+
 def test_missing_environment_is_named(monkeypatch):
     with pytest.raises(RequestError, match="set OPENSEARCH_URL"):
         OpenSearchConnection.from_env({})

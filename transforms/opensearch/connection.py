@@ -8,6 +8,7 @@ connection is opened: on the launcher to plan, on each worker to read. Workers n
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class OpenSearchConnection:
     http_compress: bool = False
 
     def __post_init__(self) -> None:
+        if not self.urls:
+            raise RequestError("the OpenSearch URL is empty, expected http(s)://host:port")
         for url in self.urls:
             _check_url(url)
         for name in ("password_from", "bearer_token_from"):
@@ -73,7 +76,7 @@ class OpenSearchConnection:
         ways = [self.username, self.bearer_token_from, self.aws_region]
         if sum(way is not None for way in ways) > 1:
             raise RequestError("choose one of username and password, bearer token, or AWS region")
-        if self.timeout_s <= 0:
+        if not 0 < self.timeout_s < math.inf:
             raise RequestError(f"timeout_s is {self.timeout_s}, expected a positive number of seconds")
 
     @classmethod
@@ -162,10 +165,11 @@ def _check_url(url: str) -> None:
         parts.port  # noqa: B018  raises for a port that is not a number
     except ValueError:
         raise RequestError("the OpenSearch URL cannot be parsed, expected http(s)://host:port") from None
-    if "@" in parts.netloc:
+    if "@" in url:  # wherever it stands: without http:// there is no telling a password from a path
+        host = f" for {parts.hostname}" if "@" in parts.netloc else ""
         raise RequestError(
-            f"the OpenSearch URL for {parts.hostname} holds a user or a password, which would end up in job graphs "
-            "and logs: set OPENSEARCH_USERNAME and OPENSEARCH_PASSWORD (or OPENSEARCH_PASSWORD_FILE) instead"
+            f"the OpenSearch URL{host} holds a user or a password, which would end up in job graphs and logs: set "
+            "OPENSEARCH_USERNAME and OPENSEARCH_PASSWORD (or OPENSEARCH_PASSWORD_FILE) instead"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise RequestError(f"the OpenSearch URL is {url!r}, expected http(s)://host:port")
@@ -193,21 +197,27 @@ def _secret(reference: str) -> str:
         value = os.environ.get(name)
         if not value:
             raise RequestError(f"the environment variable {name} is not set on this machine")
-        return value
-    if kind == "secret":
-        return _managed_secret(name)
-    try:
-        with open(name, encoding="utf-8") as file:
-            return file.read().rstrip("\r\n")
-    except OSError as error:
-        raise RequestError(f"the file {name} with the OpenSearch secret cannot be read: {error.strerror}") from None
+    elif kind == "secret":
+        value = _managed_secret(name)
+    else:
+        try:
+            with open(name, encoding="utf-8") as file:
+                value = file.read()
+        except OSError as error:
+            raise RequestError(f"the file {name} with the OpenSearch secret cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise RequestError(f"the file {name} with the OpenSearch secret is not UTF-8 text") from None
+    secret = value.rstrip("\r\n")  # as echo leaves it
+    if any(ord(character) < 32 for character in secret):  # which HTTP would refuse, and show
+        raise RequestError(f"the OpenSearch secret in {name} has a line break or another control character")
+    return secret
 
 
 def _managed_secret(name: str) -> str:
     from apache_beam.utils.secret import GcpSecret
 
     try:
-        return GcpSecret(name).get_str().rstrip("\r\n")
+        return str(GcpSecret(name).get_str())
     except RuntimeError as error:
         raise RequestError(f"the secret {name} cannot be read (it takes apache-beam[gcp]): {error}") from None
 
