@@ -9,14 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from apache_beam.io.filesystem import BeamIOError
-from apache_beam.io.filesystems import FileSystems
-
 from pipelines import display
 from pipelines.plan import Plan
 from transforms.comparison import Previous, own_error
 from transforms.errors import TrainingError
-from transforms.files import read_whole, write_whole
+from transforms.files import join, read_whole, write_whole
 from transforms.model import CREATED, FAILED, metadata, sha256
 from transforms.model_files import ModelFiles, WrittenModel
 from transforms.opensearch.writing import WriteToModelIndexResult
@@ -27,7 +24,7 @@ WRITTEN, PUBLISHED = "written", "published"
 
 
 def report_path(folder: str, plan: Plan, step: str) -> str:
-    return FileSystems.join(folder, f"{sha256(plan.model_id.encode())[:16]}.{step}.json")
+    return join(folder, f"{sha256(plan.model_id.encode())[:16]}.{step}.json")
 
 
 def hand_over_previous(folder: str, plan: Plan) -> Previous | None:
@@ -68,7 +65,7 @@ def read(folder: str, plan: Plan) -> Outcome:
 def _read_report(path: str, plan: Plan) -> Mapping[str, Any]:
     try:
         found: dict[str, Any] = json.loads(read_whole(path))
-    except (OSError, BeamIOError):
+    except FileNotFoundError:
         raise TrainingError(f'the run ended without a word of model "{plan.model_id}"') from None
     return found
 

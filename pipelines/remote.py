@@ -11,8 +11,9 @@ from typing import Any
 
 import grpc
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, PortableOptions, StandardOptions
+from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
-from apache_beam.runners.runner import PipelineState
+from apache_beam.runners.runner import PipelineState, create_runner
 
 from transforms.errors import RequestError, TrainingError
 
@@ -29,17 +30,26 @@ def is_remote(options: PipelineOptions) -> bool:
 
 
 def check(options: PipelineOptions) -> None:
-    """Looks for what a remote run cannot do without, before anything is done.
+    """Looks for what a run cannot do without, before anything is done.
 
     Raises:
-      RequestError: there is no folder to share.
+      RequestError: there is no such runner, it lacks an option, or there is no folder to share.
       TrainingError: the job server does not answer. Beam itself would wait five minutes for it.
     """
+    name = options.view_as(StandardOptions).runner
+    if name is None:
+        return
+    try:
+        runner = create_runner(name)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise RequestError(f"--runner {name}: {error}") from None
+    if is_remote(options) and options.view_as(GoogleCloudOptions).temp_location is None:
+        raise RequestError(f"--runner {name} needs --temp_location, a folder that all workers share")
+    wrong = PipelineOptionsValidator(options, runner).validate()
+    if wrong:
+        raise RequestError(f"--runner {name}: " + "; ".join(" ".join(each.split()).rstrip(".") for each in wrong))
     if not is_remote(options):
         return
-    if options.view_as(GoogleCloudOptions).temp_location is None:
-        runner = options.view_as(StandardOptions).runner
-        raise RequestError(f"--runner {runner} needs --temp_location, a folder that all workers share")
     job_endpoint = options.view_as(PortableOptions).job_endpoint
     if job_endpoint not in (None, "embed"):
         _describe(job_endpoint)

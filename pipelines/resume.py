@@ -8,6 +8,7 @@ folder, and so does one that is killed.
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from typing import Any
 
 from transforms import run_folder
 from transforms.errors import RequestError
-from transforms.files import read_whole, write_whole
+from transforms.files import is_local, read_whole, write_whole
 from transforms.opensearch import OpenSearchVectors
 from transforms.sampling import Sample
 from transforms.spill import Spill
@@ -49,6 +50,8 @@ class KeptSample:
 def identity(source: VectorSource) -> dict[str, Any]:
     """What a sample is of: two sources with the same identity and count give the same sample."""
     found = {name: getattr(source, name) for name in _DECISIVE if hasattr(source, name)}
+    if "pattern" in found and is_local(found["pattern"]):
+        found["pattern"] = os.path.abspath(found["pattern"])
     if isinstance(source, OpenSearchVectors):
         found["url"] = source.connection.url
     return found

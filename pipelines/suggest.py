@@ -9,13 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
 
 from pipelines import display
 from pipelines.options import TrainOptions
 from pipelines.plan import Plan, reading_once, sample_size_of
 from transforms.errors import RequestError
-from transforms.files import read_whole, write_whole
+from transforms.files import join, read_whole, write_whole
 from transforms.gate import Gate, LeastRecall
 from transforms.sampling import Sample
 from transforms.suggest import Trial, best, candidates, ready
@@ -60,7 +59,7 @@ def build(sample: beam.PCollection[Sample], tried: Sequence[Plan], options: Trai
 
 
 def _path(folder: str, number: int) -> str:
-    return FileSystems.join(folder, f"trial-{number}.json")
+    return join(folder, f"trial-{number}.json")
 
 
 def _try(sample: Sample, transform: TrainModel, path: str) -> None:

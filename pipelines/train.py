@@ -31,6 +31,7 @@ from pipelines.options import TrainOptions, parse, print_help
 from pipelines.plan import Plan, by_source, connect, make_plans
 from transforms import progress, run_folder, trainer_process
 from transforms.errors import RequestError, TrainingError
+from transforms.files import check as check_path
 from transforms.model import CREATED, FAILED, TRAINING, TrainedModel, metadata
 from transforms.model_files import REJECTED, ModelFiles, WriteToModelFiles, WrittenModel, write_rejected
 from transforms.opensearch.routes import DELEGATE
@@ -63,7 +64,11 @@ def run(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
     elif not options.model_dir and not dry_run:
         raise RequestError("say where the model goes: --model_dir FOLDER")
     remote.check(options)
-    kept = resume.find(options.view_as(GoogleCloudOptions).temp_location)
+    for path in filter(None, (options.model_dir, options.parquet)):
+        check_path(path)
+    temp_location = options.view_as(GoogleCloudOptions).temp_location
+    run_folder.check(temp_location)
+    kept = resume.find(temp_location)
     plans = make_plans(options, kept)
     for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
         display.say(f"warning: {warning}")
@@ -323,7 +328,7 @@ def _sentence(error: BaseException) -> str:
         if isinstance(cause, (RequestError, TrainingError)):
             return re.sub(r" \[while running .*", "", str(cause), flags=re.DOTALL)
         cause = cause.__cause__
-    found = re.search(r"(?:RequestError|TrainingError): (.+?)(?: \[while running .*|\\n|\n|$)", str(error))
+    found = re.search(r"(?:Request|Training|Storage)Error: (.+?)(?: \[while running .*|\\n|\n|$)", str(error))
     return found.group(1) if found else str(error)
 
 

@@ -53,6 +53,19 @@ class ObjectStore:
         found = self._client().list_objects_v2(Bucket=BUCKET, Prefix=prefix)
         return [entry["Key"] for entry in found.get("Contents", ())]
 
+    def write(self, name: str) -> None:
+        """An empty object."""
+        self._client().put_object(Bucket=BUCKET, Key=name, Body=b"")
+
+    def delete(self, name: str) -> None:
+        self._client().delete_object(Bucket=BUCKET, Key=name)
+
+    def refuse(self) -> None:
+        """Whatever it is asked for from now on: nobody has rights, and moto is told to look at them."""
+        plain = {"Content-Type": "text/plain"}
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/moto-api/reset-auth", b"0", plain)):
+            pass
+
     def read(self, name: str) -> bytes:
         body: bytes = self._client().get_object(Bucket=BUCKET, Key=name)["Body"].read()
         return body

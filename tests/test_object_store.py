@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,6 +82,36 @@ def test_resuming_from_a_sample_in_the_store(store: ObjectStore, tmp_path: Path)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming with what s3://" in resumed.stderr
     assert store.list("temp") == []
+
+
+def test_the_sample_of_a_run_that_may_be_alive_is_left_alone(store: ObjectStore, tmp_path: Path) -> None:
+    failed = train(tmp_path, *store.flags, "--min_recall", "0.999@10")
+    assert failed.returncode == 1
+    kept = store.list("temp")
+    (mark,) = [name for name in kept if name.endswith("/kept")]
+    store.delete(mark)  # as it is while a run trains
+    assert train(tmp_path, *store.flags, model_id="other", env={}).returncode == 0
+    assert sorted([*store.list("temp"), mark]) == sorted(kept)
+    store.write(mark)
+    assert train(tmp_path, *store.flags, model_id="another").returncode == 0
+    assert store.list("temp") == []
+
+
+def test_a_store_that_refuses_is_not_an_empty_one(store: ObjectStore) -> None:
+    store.refuse()
+    env = store.environment
+    where = ["--model_dir", f"{S3}/models"]
+    for words in (["list", *where], ["prune", "a-*", "--keep", "1", *where], ["get", "model", *where]):
+        ran = run("models", *words, env=env)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert re.match(r"failed: cannot (list|read) s3://vectors/models/\S+: .+", ran.stderr.splitlines()[-1])
+        assert "Traceback" not in ran.stderr
+
+
+def test_without_credentials_nothing_is_waited_for(tmp_path: Path) -> None:
+    ran = train(tmp_path, env={"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/none"})
+    assert ran.returncode == 2
+    assert ran.stderr == f"error: cannot use {S3}/models: there are no credentials for S3, as in AWS_ACCESS_KEY_ID\n"
 
 
 def test_a_bucket_that_is_not_there(store: ObjectStore, tmp_path: Path) -> None:

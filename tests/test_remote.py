@@ -15,7 +15,21 @@ from transforms.errors import RequestError, TrainingError
 def test_a_remote_run_needs_a_shared_folder(runner: str) -> None:
     with pytest.raises(RequestError, match=f"--runner {runner} needs --temp_location, a folder that all workers share"):
         remote.check(PipelineOptions(["--runner", runner]))
-    remote.check(PipelineOptions(["--runner", runner, "--temp_location", "/shared"]))
+    if "Dataflow" not in runner:
+        remote.check(PipelineOptions(["--runner", runner, "--temp_location", "/shared"]))
+
+
+def test_a_runner_that_there_is_not() -> None:
+    with pytest.raises(RequestError, match=r"^--runner Foo: Unexpected pipeline runner: Foo\. Valid values are"):
+        remote.check(PipelineOptions(["--runner", "Foo"]))
+
+
+def test_all_that_dataflow_lacks_is_told() -> None:
+    flags = ["--runner=DataflowRunner", "--temp_location=/shared", "--project=p", "--region=r"]
+    with pytest.raises(
+        RequestError, match=r"^--runner DataflowRunner: Invalid GCS path \(/shared\).*Invalid Project ID"
+    ):
+        remote.check(PipelineOptions(flags))
 
 
 @pytest.mark.parametrize("flags", [[], ["--runner=FnApiRunner"], ["--runner=DirectRunner"], ["--runner=PrismRunner"]])

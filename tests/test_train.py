@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -313,6 +314,57 @@ def test_too_large_a_table_is_refused_naming_the_issue(work: Path, export: str) 
 def test_no_model_dir(work: Path, export: str) -> None:
     with pytest.raises(RequestError, match="say where the model goes: --model_dir FOLDER"):
         train.run(["--request", str(work / "request.json"), "--parquet", export])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--temp_location", "{work}/request.json"],
+            "temp_location is '{work}/request.json', but {work}/request.json is no",
+        ),
+        (["--model_dir", "foo://x"], "cannot use foo://x: Unable to get filesystem"),
+        (["--runner", "Foo"], "--runner Foo: Unexpected pipeline runner"),
+    ],
+)
+def test_places_and_runners_that_there_are_not_are_refused_before_any_work(
+    work: Path, export: str, words: list[str], message: str
+) -> None:
+    with pytest.raises(RequestError, match="^" + re.escape(message.format(work=work))):
+        train.run(arguments(work, export, *(word.format(work=work) for word in words)))
+    assert not (work / "models").exists()
+
+
+def test_a_full_disk_is_told_in_one_line(work: Path, export: str) -> None:
+    limit = 40_000
+
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = start(arguments(work, export, "--model_id", "m1"), preexec_fn=no_large_files)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert json.loads(printed.splitlines()[-1])["state"] == "failed"
+    assert re.search(r"^failed: cannot write \S+/knn-train-\S+: File too large$", errors.splitlines()[-1])
+    assert "Traceback" not in errors
+
+
+def test_resuming_with_the_same_words_elsewhere_is_not_resuming(
+    work: Path, export: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pattern that is relative means other files in another folder."""
+    for name in "ab":
+        (work / name).mkdir()
+        write_export(work / name / "exports")
+    monkeypatch.chdir(work / "a")
+    words = arguments(work, "exports/*.parquet")
+    with pytest.raises(TrainingError, match="min_recall"):
+        train.run([*words, "--min_recall", "1@10"])
+    monkeypatch.chdir(work / "b")
+    with pytest.raises(RequestError, match="there is no sample to --resume with"):
+        train.run([*words, "--resume"])
+    monkeypatch.chdir(work / "a")
+    assert trained([*words, "--resume"])["provenance"]["resumed"]
 
 
 def test_an_existing_id_is_refused_and_left_alone(work: Path, export: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two ways a run can end badly. Both are shown to users as one line, without a stack trace."""
+"""The ways a run can end badly. All are shown to users as one line, without a stack trace."""
 
 from __future__ import annotations
 
@@ -10,3 +10,7 @@ class RequestError(ValueError):
 
 class TrainingError(RuntimeError):
     """The request was good but the run failed. Exit code 1."""
+
+
+class StorageError(TrainingError, OSError):
+    """A file or a folder cannot be read, written or listed; the message says which and why."""

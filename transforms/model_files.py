@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
 from transforms import files, report
@@ -36,7 +35,7 @@ class ModelFiles:
     model_dir: str
 
     def path(self, model_id: str, name: str = "") -> str:
-        return FileSystems.join(self.model_dir, check_model_id(model_id), *([name] if name else []))
+        return files.join(self.model_dir, check_model_id(model_id), *([name] if name else []))
 
     def claim(self, model_id: str, description: dict[str, Any], overwrite: bool = False) -> bool:
         """Makes the model exist, in the state that `description` gives.
@@ -55,13 +54,13 @@ class ModelFiles:
                 self.remove(model_id)
             if files.is_local(folder):
                 os.makedirs(folder)  # exclusive: of two runs with one id, one fails here
-            elif FileSystems.exists(self.path(model_id, DESCRIPTION)):
+            elif files.match(self.path(model_id, DESCRIPTION)):
                 raise FileExistsError
             self.describe(model_id, description)
             return True
         except FileExistsError:
             raise RequestError(f'Model with id="{model_id}" already exists in {self.model_dir}') from None
-        except (OSError, beam.io.filesystem.BeamIOError) as error:
+        except OSError as error:
             raise RequestError(f"cannot write to model_dir {self.model_dir!r}: {error}") from error
 
     def describe(self, model_id: str, description: dict[str, Any]) -> None:
@@ -83,15 +82,15 @@ class ModelFiles:
         page = self.path(model.model_id, REPORT)
         if model.quality is not None and "at" in model.quality:
             files.write_whole(page, report.html(model.json()).encode())
-        elif FileSystems.exists(page):  # that of the model that this one replaces
-            FileSystems.delete([page])
+        else:
+            files.remove(page)  # that of the model that this one replaces
         self.describe(model.model_id, model.json())
 
     def get(self, model_id: str) -> dict[str, Any]:
         """The content of `model.json`. Raises RequestError if there is no such model."""
         try:
             found = json.loads(files.read_whole(self.path(model_id, DESCRIPTION)))
-        except (OSError, beam.io.filesystem.BeamIOError):
+        except FileNotFoundError:
             raise RequestError(f'Model "{model_id}" does not exist in {self.model_dir}') from None
         except ValueError:
             found = None
@@ -104,7 +103,10 @@ class ModelFiles:
         description = self.get(model_id)
         if description["state"] != CREATED:
             raise RequestError(f'Model "{model_id}" is in state {description["state"]}, not created')
-        blob = files.read_whole(self.path(model_id, BLOB))
+        try:
+            blob = files.read_whole(self.path(model_id, BLOB))
+        except FileNotFoundError:
+            raise TrainingError(f"{self.path(model_id, BLOB)} is missing, though the model is created") from None
         wanted = description.get("provenance", {}).get("blob_sha256")
         if wanted not in (None, sha256(blob)):
             raise TrainingError(
@@ -122,15 +124,10 @@ class ModelFiles:
 
     def list(self) -> list[dict[str, Any]]:
         """The descriptions of all models, by id."""
-        pattern = FileSystems.join(self.model_dir, "*", DESCRIPTION)
-        try:
-            found = FileSystems.match([pattern])[0].metadata_list
-        except beam.io.filesystem.BeamIOError:
-            return []
         models = []
-        for entry in found:
+        for path in files.match(files.join(self.model_dir, "*", DESCRIPTION)):
             with suppress(RequestError):  # not ours, or removed meanwhile
-                models.append(self.get(posixpath.basename(posixpath.dirname(entry.path))))
+                models.append(self.get(posixpath.basename(posixpath.dirname(path))))
         return sorted(models, key=lambda model: model["model_id"])
 
     def delete(self, model_id: str) -> None:

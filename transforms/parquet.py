@@ -17,11 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
-from transforms.errors import RequestError, TrainingError
-from transforms.files import is_local, open_file
+from transforms.errors import RequestError, StorageError, TrainingError
+from transforms.files import is_local, match, open_file
 from transforms.reading import METRICS, ReadVectors
 from transforms.sampling import priority, stream_key
 from transforms.vectors import NUMPY_TYPES, RejectedVector, SourceSummary, VectorBlock, block_rows, columns
@@ -188,9 +187,9 @@ class ParquetVectors:
 
     def _paths(self) -> list[str]:
         try:
-            found = sorted(entry.path for entry in FileSystems.match([self.pattern])[0].metadata_list)
-        except Exception as error:
-            raise RequestError(f"cannot list Parquet files {self.pattern!r}: {error}") from error
+            found = sorted(match(self.pattern))
+        except StorageError as error:
+            raise RequestError(str(error)) from error
         if not found:
             raise RequestError(f"no Parquet file matches {self.pattern!r}")
         return found
@@ -251,6 +250,8 @@ def _open(path: str, column: str | None = None) -> Iterator[pq.ParquetFile]:
                 return
         with _WithoutArrowSchema(open(path, "rb") if raw is path else raw) as plain, pq.ParquetFile(plain) as file:
             yield file
+    except StorageError:
+        raise
     except (pa.ArrowInvalid, OSError) as error:
         raise TrainingError(f"cannot read {path}: {error}") from error
     finally:

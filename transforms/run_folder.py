@@ -17,9 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from apache_beam.io.filesystem import BeamIOError, FileMetadata
-from apache_beam.io.filesystems import FileSystems
-
 from transforms import files
 from transforms.errors import RequestError
 
@@ -43,12 +40,25 @@ class RunFolder:
     keep: bool = False
 
 
+def check(temp_location: str | None) -> None:
+    """Raises RequestError if no run's folder can be made there."""
+    parent = _parent(temp_location)
+    if not files.is_local(parent):
+        files.check(parent)
+        return
+    while not os.path.exists(parent):
+        parent = os.path.dirname(os.path.abspath(parent))
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+        raise RequestError(f"temp_location is {temp_location!r}, but {parent} is no folder that this user may write to")
+
+
 @contextmanager
 def create(temp_location: str | None) -> Iterator[RunFolder]:
     """A new folder under `temp_location`, on any Beam filesystem; under the system's temporary folder if None."""
     parent = _parent(temp_location)
     if files.is_local(parent):
-        os.makedirs(parent, exist_ok=True)
+        with files.explained("write", parent):
+            os.makedirs(parent, exist_ok=True)
         for path in glob.glob(os.path.join(glob.escape(parent), f"{_PREFIX}*", "")):
             _sweep(path)
         # Under another name until it is locked: a run that starts this moment must not take it for a dead run's.
@@ -60,7 +70,7 @@ def create(temp_location: str | None) -> Iterator[RunFolder]:
             with _removed_at_the_end(path) as folder:
                 yield folder
     else:
-        with _removed_at_the_end(FileSystems.join(parent, _PREFIX + uuid.uuid4().hex)) as folder:
+        with _removed_at_the_end(files.join(parent, _PREFIX + uuid.uuid4().hex)) as folder:
             yield folder
 
 
@@ -78,6 +88,7 @@ def reopen(path: str) -> Iterator[RunFolder]:
             with _removed_at_the_end(path) as folder:
                 yield folder
     else:
+        files.remove(files.join(path, _KEPT))
         with _removed_at_the_end(path) as folder:
             yield folder
 
@@ -87,27 +98,23 @@ def find(temp_location: str | None, name: str) -> list[str]:
 
     On object stores those of runs that are alive are among them.
     """
-    found = _match(FileSystems.join(_parent(temp_location), f"{_PREFIX}*", name))
-    found.sort(key=lambda entry: -entry.last_updated_in_seconds)
-    return [entry.path for entry in found if not _is_alive(os.path.dirname(entry.path))]
+    found = files.match(files.join(_parent(temp_location), f"{_PREFIX}*", name))
+    return [path for path in found if not _is_alive(os.path.dirname(path))]
 
 
 def holds(folder: str, name: str) -> bool:
     """Whether a folder has a file that matches `name`, a glob."""
-    return bool(_match(FileSystems.join(folder, name)))
+    return bool(files.match(files.join(folder, name)))
 
 
 def discard(path: str) -> None:
-    """Removes the folder of a run that has ended, also one that was kept."""
+    """Removes the folder of a run that has ended, also one that was kept. On object stores only that: whatever else
+    is there may be a run's that is alive.
+    """
+    if not files.is_local(path) and not holds(path, _KEPT):
+        return
     with suppress(RequestError, OSError), reopen(path):
         pass
-
-
-def _match(pattern: str) -> list[FileMetadata]:
-    try:
-        return list(FileSystems.match([pattern])[0].metadata_list)
-    except BeamIOError:
-        return []
 
 
 def _is_alive(folder: str) -> bool:
@@ -133,9 +140,8 @@ def _removed_at_the_end(path: str) -> Iterator[RunFolder]:
     finally:
         if not folder.keep:
             files.remove_folder(path)
-        elif files.is_local(path):
-            with open(os.path.join(path, _KEPT), "w"):
-                pass
+        else:
+            files.write_whole(files.join(path, _KEPT), b"kept")  # Beam's object stores make no empty files
 
 
 def _sweep(path: str) -> None:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from transforms.errors import TrainingError
-from transforms.files import is_local, open_file, read_whole
+from transforms.files import explained, is_local, open_file, read_whole
 
 _READ_BYTES = 4 << 20
 
@@ -85,7 +85,8 @@ class SpillWriter:
                 f"vectors with {vectors.shape[1]} columns of {vectors.dtype.str} "
                 f"among vectors with {self._columns} columns of {self._dtype}"
             )
-        self._file.write(np.ascontiguousarray(vectors).data)
+        with explained("write", self._path):
+            self._file.write(np.ascontiguousarray(vectors).data)
         self._priorities.append(np.array(priorities, "<u8"))
         self._positions.append(np.array(positions, "<f4"))
         self._rows += len(priorities)
@@ -94,8 +95,9 @@ class SpillWriter:
         """Finishes both files; None if no row was written."""
         if self._file is None:
             return None
-        self._file.close()
-        with open_file(self._path + ".order", "wb") as file:
+        with explained("write", self._path):
+            self._file.close()
+        with explained("write", self._path), open_file(self._path + ".order", "wb") as file:
             file.write(np.concatenate(self._priorities).data)
             file.write(np.concatenate(self._positions).data)
         return Spill(self._path, self._rows, self._columns, self._dtype)
