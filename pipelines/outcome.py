@@ -14,7 +14,7 @@ from pipelines.plan import Plan
 from transforms.comparison import Previous, own_error
 from transforms.errors import TrainingError
 from transforms.files import join, read_whole, write_whole
-from transforms.model import CREATED, FAILED, metadata, sha256
+from transforms.model import CREATED, metadata, sha256
 from transforms.model_files import ModelFiles, WrittenModel
 from transforms.opensearch.writing import WriteToModelIndexResult
 from transforms.recall import searched_with
@@ -91,8 +91,6 @@ def tell(
     for plan, outcome in zip(plans, outcomes, strict=True):
         name = f'model "{plan.model_id}": ' if len(plans) > 1 else ""
         if outcome.written["kept"] and plan.previous is not None:
-            if files.get(plan.model_id)["state"] == FAILED:  # not where --overwrite left an older model in its place
-                files.remove(plan.model_id)
             display.say(f"{name}{outcome.written['kept']}")
             continue
         if outcome.written["state"] != CREATED:
@@ -128,11 +126,12 @@ def tell_states(
 
     Args:
       before: descriptions of models that the run was to overwrite.
-      state, error: of those that it did not overwrite, whatever state they are in themselves.
+      state, error: of those that it did not overwrite, whatever state they are in themselves, and of those that are
+        gone because an older model is kept.
     """
     for plan in plans:
-        found = files.get(plan.model_id)
-        if found == before.get(plan.model_id):
+        found = files.get(plan.model_id) if files.state(plan.model_id) else None
+        if found is None or found == before.get(plan.model_id):
             found = {"state": state, "error": error}
         _print_result(plan, files, found, {})
 

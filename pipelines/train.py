@@ -133,7 +133,7 @@ def _train(
     except BaseException as error:
         reason = _reason(error, elsewhere)
         for plan in plans:
-            if files.get(plan.model_id)["state"] == TRAINING:
+            if files.state(plan.model_id) == TRAINING:
                 files.describe(plan.model_id, _described(plan, FAILED, reason))
         outcome.tell_states(plans, files, before, FAILED, reason)
         if _is_told(error, reason, elsewhere):

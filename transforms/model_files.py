@@ -140,6 +140,11 @@ class ModelFiles:
         """Removes the model's files, in whatever state it is."""
         files.remove_folder(self.path(model_id))
 
+    def withdraw(self, model_id: str) -> None:
+        """Leaves nothing of a model that was claimed and is not wanted, but what `claim` left in its place."""
+        if self.state(model_id) != CREATED:
+            self.remove(model_id)
+
     def state(self, model_id: str) -> str | None:
         """The state of a model, None if there is none."""
         try:
@@ -185,9 +190,12 @@ class _WriteFn(beam.DoFn):
         self._written = Metrics.counter(METRICS, "models_written")
 
     def process(self, model: TrainedModel) -> Iterator[WrittenModel]:
-        self._files.write(model)
-        self._written.inc()
         kept = model.provenance.get("kept", "")
+        if kept:
+            self._files.withdraw(model.model_id)
+        else:
+            self._files.write(model)
+            self._written.inc()
         yield WrittenModel(model.model_id, self._files.path(model.model_id), model.state, model.error, kept)
 
 
