@@ -187,12 +187,17 @@ def test_clusters(
     assert "p-3" not in {key[1] for key in prune(capsys, *words, "--delete")}
 
 
+def may_not(*_: Any) -> None:
+    raise model_index.NotPermitted("mappings are not for this user")
+
+
 def test_what_the_plugin_knows_better_stays(
     opensearch_3: OpenSearchServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user may not see every mapping; here nothing is seen, and the plugin itself refuses."""
     case = CASES["IVF-Flat"]
     monkeypatch.setattr(models.Cluster, "used", lambda _: {})
+    monkeypatch.setattr(model_index, "usage", may_not)
     with Session(OpenSearchConnection(opensearch_3.url)) as session:
         request = case.request(model_index.cluster_version(session))
         for number in (1, 2):

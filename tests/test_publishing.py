@@ -6,9 +6,11 @@ What cannot be shown here is how the models search: the cluster's native library
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ import numpy as np
 import pytest
 from apache_beam.testing.test_pipeline import TestPipeline
 
+from pipelines import models
 from tests import knn_bridge
 from tests.opensearch_server import OpenSearchServer
 from tests.publish_cases import CASES, DIMENSION, Case
@@ -300,6 +303,69 @@ def test_an_index_that_comes_too_early_stops_the_swap(session: Session, monkeypa
     monkeypatch.undo()
     session.json("DELETE", "/too-early")
     assert it.publish(session, SWAP).outcome == "resumed"
+
+
+#: Mappings that use a model where the plugin's own check before a deletion does not look.
+UNSEEN_USES = {
+    "object": {"doc": {"properties": {"v": {"type": "knn_vector", "model_id": "MODEL"}}}},
+    "nested": {"doc": {"type": "nested", "properties": {"v": {"type": "knn_vector", "model_id": "MODEL"}}}},
+}
+
+
+@pytest.fixture(params=list(UNSEEN_USES))
+def use(request: pytest.FixtureRequest, session: Session) -> Iterator[Callable[[str], None]]:
+    """Makes index `deep-use`, which uses a model in field `doc.v`; it is gone after the test."""
+
+    def make(model_id: str) -> None:
+        properties = json.loads(json.dumps(UNSEEN_USES[request.param]).replace("MODEL", model_id))
+        body = {"settings": {"index.knn": True}, "mappings": {"properties": properties}}
+        session.json("PUT", "/deep-use", None, body)
+
+    yield make
+    session.json("DELETE", "/deep-use", {"ignore_unavailable": "true"})
+
+
+USED_DEEP = r"is used by index deep-use \(field doc\.v\): delete that first"
+
+
+def test_a_model_in_use_is_not_deleted(
+    opensearch: OpenSearchServer, session: Session, use: Callable[[str], None]
+) -> None:
+    it = trained(session, "IVF-Flat")
+    it.publish(session)
+    use(it.model.model_id)
+    with pytest.raises(RequestError, match=USED_DEEP):
+        models.run(["delete", it.model.model_id, "--opensearch_url", opensearch.url])
+    assert get_model(session, it.model.model_id) is not None
+    session.json("DELETE", "/deep-use")
+    models.run(["delete", it.model.model_id, "--opensearch_url", opensearch.url])
+
+
+def test_an_unfinished_model_in_use_is_neither_taken_back_nor_cleaned_up(
+    session: Session, use: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    it = trained(session, "IVF-PQ")
+
+    def use_and_fail(*_: Any) -> None:
+        use(it.model.model_id)
+        raise TrainingError("the blob was not replaced")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(model_index, "replace_blob", use_and_fail)
+        with pytest.raises(TrainingError, match="not replaced"):
+            it.publish(session, SWAP)
+    assert re.search(USED_DEEP, caplog.text)
+    (mark,) = temporary_index.find(session)
+    with pytest.raises(RequestError, match=USED_DEEP):
+        cleanup(session, mark)
+    other = replace(it, model=it.case.model(it.request, it.model.model_id, seed=8))
+    with pytest.raises(RequestError, match=USED_DEEP):
+        other.publish(session, SWAP)
+    assert get_model(session, it.model.model_id) is not None
+    assert temporary_index.find(session) == [mark]
+    session.json("DELETE", "/deep-use")
+    cleanup(session, mark)
+    assert get_model(session, it.model.model_id) is None
 
 
 def test_a_document_that_changes_meanwhile_stops_the_swap(session_3: Session, monkeypatch: pytest.MonkeyPatch) -> None:

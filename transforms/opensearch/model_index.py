@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -100,9 +101,17 @@ def list_models(session: Session) -> list[dict[str, Any]]:
 def delete_model(session: Session, model_id: str) -> bool:
     """Deletes document and registration; False if there was no such model.
 
+    The plugin itself looks for users of the model only among the top fields of indices with `index.knn`. It has the
+    last word where this user may not see mappings.
+
     Raises:
-      RequestError: the plugin refuses: the model is in training, or indices use it.
+      RequestError: indices use the model, or it is in training.
     """
+    used: Mapping[str, list[str]] = {}
+    with suppress(NotPermitted):
+        used = usage(session, model_id)
+    if used:
+        raise RequestError(f'Model "{model_id}" is used by {show_usage(used)}: delete that first')
     try:
         session.json("DELETE", f"{MODELS}/{quote(model_id, safe='')}")
         return True
