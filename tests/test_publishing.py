@@ -12,6 +12,7 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,8 +26,10 @@ from apache_beam.testing.test_pipeline import TestPipeline
 
 from pipelines import models
 from tests import knn_bridge
+from tests.opensearch.support import Proxy
 from tests.opensearch_server import OpenSearchServer
 from tests.publish_cases import CASES, DIMENSION, Case
+from transforms import progress
 from transforms.codebooks import Codebooks, difference
 from transforms.errors import RequestError, TrainingError
 from transforms.model import CREATED, FAILED, TrainedModel, metadata, random_model_id, sha256
@@ -401,6 +404,82 @@ def test_a_busy_cluster_is_waited_for(opensearch_3: OpenSearchServer, session_3:
     assert len(model_index.list_models(session_3)) == 2
 
 
+def test_a_refusal_for_good_is_not_waited_for(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(publishing, "TRAINING_TIMEOUT_S", 3)
+    caplog.set_level("INFO", "knn_train")
+    it = trained(session, "IVF-Flat")
+    with pytest.raises(RequestError, match='Preferred node "capacity" does not exist'):
+        publish(session, it.model, it.request, route=REPLAY, preference="capacity")
+    assert "waiting" not in caplog.text
+    assert get_model(session, it.model.model_id) is None
+
+
+class Delayed:
+    """A rule for a proxy: the first `_train` is answered 504 at once, and delivered when `deliver` is called."""
+
+    def __init__(self, session: Session, then: Callable[[Delayed], Any] = lambda it: None):
+        self._session = session
+        self._then = then  # at the second try
+        self.tries: list[tuple[str, bytes]] = []
+
+    def __call__(self, method: str, path: str, body: bytes) -> Any:
+        if not path.endswith("/_train"):
+            return None
+        self.tries.append((path, body))
+        return 504 if len(self.tries) == 1 else self._then(self)
+
+    def deliver(self) -> None:
+        path, body = self.tries[0]
+        self._session.json("POST", path, None, json.loads(body))
+
+
+def test_a_training_that_comes_late_is_not_asked_for_twice(opensearch: OpenSearchServer, session: Session) -> None:
+    it = trained(session, "IVF-PQ")
+    rule = Delayed(session)
+    with Proxy(opensearch.url, rule) as proxy, Session(OpenSearchConnection(proxy.url)) as behind:
+        late = threading.Thread(target=lambda: [_wait_until(lambda: bool(rule.tries)), time.sleep(1), rule.deliver()])
+        late.start()
+        assert it.publish(behind, SWAP).outcome == "published"
+        late.join()
+    assert len(rule.tries) == 1
+
+
+def test_a_try_that_is_refused_because_of_the_one_before(
+    opensearch: OpenSearchServer, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "_UNANSWERED_S", 0.1)
+    it = trained(session, "IVF-PQ")
+    rule = Delayed(session, Delayed.deliver)
+    with Proxy(opensearch.url, rule) as proxy, Session(OpenSearchConnection(proxy.url)) as behind:
+        assert it.publish(behind, SWAP).outcome == "published"
+    assert len(rule.tries) == 2
+    assert model_index.fetch(session, it.model.model_id).blob == it.model.blob
+
+
+def test_the_mark_stays_while_a_training_may_come(
+    opensearch_3: OpenSearchServer,
+    session_3: Session,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(publishing, "_UNANSWERED_S", 0.1)
+    it = trained(session_3, "IVF-PQ")
+    rule = Delayed(session_3, lambda _: 400)
+    with (
+        Proxy(opensearch_3.url, rule) as proxy,
+        Session(OpenSearchConnection(proxy.url)) as behind,
+        pytest.raises(RequestError, match="answers 400"),
+    ):
+        it.publish(behind, SWAP)
+    assert "no answer came to its training" in caplog.text
+    rule.deliver()
+    _wait_until(lambda: (get_model(session_3, it.model.model_id) or {}).get("state") == CREATED)
+    assert set(unfinished(session_3)) == {it.model.model_id}
+    assert it.publish(session_3, SWAP).outcome == "resumed"
+
+
 def test_a_version_yet_unknown_is_tried_with_a_warning(session_3: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_index, "cluster_version", lambda _: "3.99.0")
     it = trained(session_3, "IVF-PQ")
@@ -578,6 +657,33 @@ def test_ctrl_c_leaves_nothing(opensearch_3: OpenSearchServer, session_3: Sessio
         time.sleep(0.5)
     process.join(30)
     assert process.exitcode == 1
+    assert get_model(session_3, it.model.model_id) is None
+    assert temporary_index.find(session_3) == []
+
+
+@pytest.mark.parametrize("route", [SWAP, DELEGATE])
+def test_a_cancelled_run_leaves_nothing(opensearch_3: OpenSearchServer, session_3: Session, route: str) -> None:
+    """As knn-train does on Ctrl-C: the steps are told to stop and find out when they next wait."""
+    it = trained(session_3, "IVF-PQ")
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            it.publish(session_3, route)
+        except TrainingError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    try:
+        with opensearch_3.trainer.held():
+            thread.start()
+            _wait_until(lambda: get_model(session_3, it.model.model_id) is not None)
+            progress.cancel()
+            time.sleep(0.5)
+        thread.join(30)
+    finally:
+        progress.listen(None)
+    assert [str(error) for error in failures] == ["interrupted"]
     assert get_model(session_3, it.model.model_id) is None
     assert temporary_index.find(session_3) == []
 

@@ -42,6 +42,13 @@ _SETTLE_S = 60.0
 #: Seconds for the same where the user may not see the registration.
 _UNSEEN_S = 2.0
 _LONGEST_POLL_S = 2.0
+#: Seconds for a training to show up whose request got no answer, before it is sent again.
+_UNANSWERED_S = 10.0
+#: What the plugin answers while the nodes have another training.
+_BUSY = (
+    "Validation Failed: 1: Cluster does not have capacity to train;",
+    "Validation Failed: 1: Unable to run training job: No training capacity on node.;",
+)
 #: Fields of the registration that decide what the cluster does with the model.
 _DECISIVE = ("engine", "space_type", "dimension", "state", "data_type", "mode", "compression_level")
 #: A model may be this much older than the index it was trained from: clocks of two nodes differ.
@@ -262,6 +269,7 @@ class _Publication:
         self._expected = arrives_as(self._choice.route, self._request, self._codebooks)
         self._indices: list[TemporaryIndex] = []
         self._owns_model = False
+        self._unanswered = False  # whether a model may yet come, of a try that got no answer
 
     def run(self, sample: Callable[[], np.ndarray] | None, keep_mark: bool) -> PublishResult:
         loaded = sample() if sample is not None and self._choice.route == DELEGATE else None
@@ -356,19 +364,37 @@ class _Publication:
             try:
                 # Not sent again blindly: the second of two would be refused because of the first.
                 self._session.send("POST", path, params, body, attempts=1)
+                self._unanswered = False
                 return
             except ServerError as error:
-                self._owns_model = False
-                busy = "capacity" in error.reason
-                if not busy or time.monotonic() > deadline:
+                if self._unanswered and self._is_there():
+                    return  # refused because of an earlier try, which did arrive
+                self._owns_model = self._unanswered
+                if error.reason not in _BUSY or time.monotonic() > deadline:
                     raise explain(self._session, error) from None
                 _LOG.info("waiting: %s", error.reason)
             except TrainingError:
-                if model_index.get_model(self._session, self._model_id) is not None:
+                self._unanswered = True
+                if self._comes():
                     return
                 if time.monotonic() > deadline:
                     raise
             _sleep(wait_s)
+
+    def _comes(self) -> bool:
+        """Whether a training that was not answered shows up: the cluster may still be at work on it."""
+        deadline = time.monotonic() + _UNANSWERED_S
+        for wait_s in _waits():
+            if self._is_there() or time.monotonic() > deadline:
+                break
+            _sleep(wait_s)
+        return not self._unanswered
+
+    def _is_there(self) -> bool:
+        if model_index.get_model(self._session, self._model_id) is None:
+            return False
+        self._unanswered = False
+        return True
 
     def _outcome_of_training(self) -> Mapping[str, Any]:
         """`state` and `error` once the cluster's training has ended."""
@@ -439,6 +465,8 @@ class _Publication:
         try:
             _remove_checks(self._session, self._model_id)
             if self._owns_model:
+                if self._unanswered and not self._is_there():
+                    raise TrainingError("no answer came to its training, which the cluster may still begin")
                 _remove_model(self._session, self._model_id)
             for index in self._indices:
                 index.delete(self._session)
@@ -510,7 +538,14 @@ class _Publication:
         )
 
 
-def _wait_for_training(session: Session, model_id: str, timeout_s: float) -> Mapping[str, Any]:
+def _sleep(seconds: float) -> None:
+    progress.advance("publish", 0)  # raises when the run was cancelled
+    time.sleep(seconds)
+
+
+def _wait_for_training(
+    session: Session, model_id: str, timeout_s: float, sleep: Callable[[float], None] = _sleep
+) -> Mapping[str, Any]:
     path = f"{MODELS}/{quote(model_id, safe='')}"
     deadline = time.monotonic() + timeout_s
     for wait_s in _waits():
@@ -519,7 +554,7 @@ def _wait_for_training(session: Session, model_id: str, timeout_s: float) -> Map
             return dict(found)
         if time.monotonic() > deadline:
             break
-        _sleep(wait_s)
+        sleep(wait_s)
     raise TrainingError(f'model "{model_id}" is still in training after {timeout_s:.0f} s')
 
 
@@ -527,13 +562,13 @@ def _remove_model(session: Session, model_id: str) -> None:
     """Deletes a model once the plugin has written all it will write of it.
 
     A training cannot be cancelled, and its end shows in the document first: deleted in between, the model would be
-    registered again afterwards, without a document, for good.
+    registered again afterwards, without a document, for good. A cancelled run takes back too, so these waits go on.
     """
     if model_index.get_model(session, model_id) is None:
         return
-    _wait_for_training(session, model_id, _SETTLE_S)
+    _wait_for_training(session, model_id, _SETTLE_S, time.sleep)
     try:
-        _wait_for_registration(session, model_id)
+        _wait_for_registration(session, model_id, time.sleep)
     except NotPermitted:
         time.sleep(_UNSEEN_S)
     while True:
@@ -557,14 +592,16 @@ def _remove_checks(session: Session, model_id: str) -> bool:
     return bool(checks)
 
 
-def _wait_for_registration(session: Session, model_id: str) -> Registration | None:
+def _wait_for_registration(
+    session: Session, model_id: str, sleep: Callable[[float], None] = _sleep
+) -> Registration | None:
     """The registration once it says that training has ended. Raises NotPermitted."""
     deadline = time.monotonic() + _SETTLE_S
     for wait_s in _waits():
         found = model_index.registration(session, model_id)
         if found is None or found.state != TRAINING or time.monotonic() > deadline:
             break
-        _sleep(wait_s)
+        sleep(wait_s)
     return found
 
 
@@ -580,8 +617,3 @@ def _waits() -> Iterator[float]:
     while True:
         yield wait_s
         wait_s = min(wait_s * 1.5, _LONGEST_POLL_S)
-
-
-def _sleep(seconds: float) -> None:
-    progress.advance("publish", 0)  # raises when the run was cancelled
-    time.sleep(seconds)
