@@ -13,6 +13,7 @@ from tests.opensearch.support import (
     Proxy,
     assert_no_contexts,
     fill,
+    knn_vector,
     open_contexts,
     read,
     refuse,
@@ -242,6 +243,29 @@ def test_an_index_deleted_while_reading_is_a_clear_error(opensearch):
     with pytest.raises((RequestError, TrainingError), match="short-lived"):
         list(blocks)
     assert_no_contexts(opensearch)
+
+
+def test_a_shard_without_a_copy_ends_the_read_before_it_begins(index):
+    # The node may hold one shard of the index; the others are where they would be had their node gone away.
+    settings = {"number_of_shards": 3, "number_of_replicas": 0, "routing.allocation.total_shards_per_node": 1}
+    body = {"settings": {"index": settings}, "mappings": {"properties": {"vec": knn_vector(8)}}}
+    client = index.client()
+    client.indices.create(index="thirds", body=body, params={"wait_for_active_shards": 0})
+    client.indices.put_alias(index="thirds", name="third")
+    groups: list[tuple[int, list]] = []
+    while not any(group for _, group in groups):
+        groups = [(key, client.search_shards(index="thirds", params={"routing": key})["shards"][0]) for key in range(9)]
+    held, key = next((group[0]["shard"], key) for key, group in groups if group)
+    for row in MATRIX[:9]:
+        client.index(index="thirds", body={"vec": row.tolist()}, params={"routing": key, "refresh": "true"})
+    try:
+        first, second = sorted({0, 1, 2} - {held})
+        told = f'Index "thirds" has no active copy of shards {first}, {second}: vectors would be missing'
+        for expression in ("thirds", "thirds,faulty", "thir*", "third"):
+            with pytest.raises(TrainingError, match=told):
+                source(index, expression, 8).slices()
+    finally:
+        client.indices.delete(index="thirds")
 
 
 def test_no_one_listens():

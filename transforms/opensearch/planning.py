@@ -239,6 +239,12 @@ def _shards(session: Session, expression: str, indices: list[str]) -> dict[str, 
     missing = [index for index in indices if index not in held]
     if missing:
         raise TrainingError(f'Index "{missing[0]}" has no shard that can be searched')
+    if not all(found["shards"]):  # a shard without a copy is an empty list, which does not say whose it is
+        for index in indices:
+            lost = sorted(set(range(_shard_count(session, index))) - set(held[index]))
+            if lost:
+                shards = f"shard{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
+                raise TrainingError(f'Index "{index}" has no active copy of {shards}: vectors would be missing')
     result = {}
     for index in indices:
         alias_filter = found["indices"].get(index, {}).get("filter")
