@@ -134,7 +134,7 @@ def _prune(given: argparse.Namespace) -> None:
         places["model_dir"] = ModelFiles(given.model_dir)
     if given.opensearch_url or not given.model_dir:
         places["cluster"] = cluster = _cluster(given)
-        used = cluster.used()
+        used = cluster.used(warn=not given.delete)
     done = []
     for place, models in places.items():
         for verdict in pruning.verdicts(models.list(), given.pattern, given.keep, used):

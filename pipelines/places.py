@@ -65,8 +65,11 @@ class Cluster:
         except model_index.NotPermitted:  # whoever may only read models is not shown what runs left
             return {}
 
-    def used(self) -> dict[str, str]:
-        """Model id to the indices and templates that name it. Raises NotPermitted if mappings cannot be read."""
+    def used(self, warn: bool) -> dict[str, str]:
+        """Model id to the indices and templates that name it.
+
+        Raises NotPermitted if mappings cannot be read, or templates; with `warn`, templates may be left out.
+        """
         used: dict[str, list[str]] = {}
         for index, fields in model_index.usage(self.session).items():
             for name, model_id in (field.split("=", 1) for field in fields):
@@ -75,6 +78,8 @@ class Cluster:
             for model_id, templates in model_index.template_usage(self.session).items():
                 used.setdefault(model_id, []).extend(templates)
         except model_index.NotPermitted as error:
+            if not warn:
+                raise model_index.NotPermitted(f"nothing is deleted, templates may name any model: {error}") from None
             display.say(f"warning: templates are not looked at: {error}")
         return {model_id: ", ".join(users) for model_id, users in used.items()}
 

@@ -196,7 +196,7 @@ def test_what_the_plugin_knows_better_stays(
 ) -> None:
     """A user may not see every mapping; here nothing is seen, and the plugin itself refuses."""
     case = CASES["IVF-Flat"]
-    monkeypatch.setattr(models.Cluster, "used", lambda _: {})
+    monkeypatch.setattr(models.Cluster, "used", lambda *_, **__: {})
     monkeypatch.setattr(model_index, "usage", may_not)
     with Session(OpenSearchConnection(opensearch_3.url)) as session:
         request = case.request(model_index.cluster_version(session))

@@ -36,7 +36,7 @@ from transforms.model import CREATED, FAILED, TrainedModel, metadata, random_mod
 from transforms.opensearch import OpenSearchConnection, Session, model_index, publishing, temporary_index
 from transforms.opensearch.model_index import MODEL_INDEX, get_model
 from transforms.opensearch.publishing import PublishResult, cleanup, publish, unfinished
-from transforms.opensearch.routes import DELEGATE, REPLAY, SWAP, choose
+from transforms.opensearch.routes import DELEGATE, NO_WRITE, REPLAY, SWAP, choose
 from transforms.opensearch.temporary_index import TemporaryIndex
 from transforms.opensearch.writing import WriteToModelIndex, WriteToModelIndexResult, _PublishFn, _RemoveMarksFn
 from transforms.request import TrainingRequest
@@ -149,7 +149,7 @@ def test_published_bytes_survive_minus_zero_and_tiny_numbers(session: Session) -
 
 def test_auto_takes_the_best_route_there_is() -> None:
     def route(name: str, may_write: bool, has_sample: bool) -> str:
-        choice = choose("auto", CASES[name].request("3.6.0"), may_write, has_sample)
+        choice = choose("auto", CASES[name].request("3.6.0"), "" if may_write else NO_WRITE, has_sample)
         assert choice.explanation.startswith(choice.route)
         return choice.route
 
@@ -174,7 +174,7 @@ def test_auto_takes_the_best_route_there_is() -> None:
 )
 def test_routes_that_cannot_be_taken(route: str, may_write: bool, has_sample: bool, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        choose(route, CASES["IVF-PQ"].request("3.6.0"), may_write, has_sample)
+        choose(route, CASES["IVF-PQ"].request("3.6.0"), "" if may_write else NO_WRITE, has_sample)
 
 
 def test_a_model_moves_to_another_version(opensearch_2: OpenSearchServer, session_3: Session) -> None:

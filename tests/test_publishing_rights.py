@@ -25,7 +25,7 @@ ROLES: dict[str, dict[str, Any]] = {
     name: json.loads(text) for name, text in re.findall(r"```json (\w+)\n(.*?)```", PAGE, re.DOTALL)
 }
 PASSWORD = "Publ1sh-from.outside"
-USERS = {"publisher": ["publisher"], "swapper": ["publisher", "swapper"]}
+USERS = {"publisher": ["publisher"], "swapper": ["publisher", "swapper"], "pruner": ["publisher", "pruner"]}
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +123,10 @@ DELETE = "cluster:admin/knn_delete_model_action"
 STEPS_OF_DELETE = ["cluster:admin/knn_update_model_graveyard_action", "cluster:admin/knn_update_model_metadata_action"]
 
 
-@pytest.mark.parametrize(
-    ("role", "permission"), [each for each in permissions() if each[1] not in [DELETE, *STEPS_OF_DELETE]]
-)
+PUBLISHING = [each for each in permissions() if each[0] != "pruner" and each[1] not in [DELETE, *STEPS_OF_DELETE]]
+
+
+@pytest.mark.parametrize(("role", "permission"), PUBLISHING)
 def test_no_permission_is_superfluous(
     secure: SecureOpenSearchServer, admin: Session, as_user: dict[str, Session], role: str, permission: str
 ) -> None:
@@ -141,6 +142,75 @@ def test_no_permission_is_superfluous(
         put_role(secure, role, ROLES[role])
         for index in temporary_index.find(admin):  # what may not be deleted stays
             publishing.cleanup(admin, index)
+
+
+def test_who_may_not_see_registrations_does_not_swap(
+    secure: SecureOpenSearchServer, admin: Session, as_user: dict[str, Session]
+) -> None:
+    put_role(secure, "publisher", without(ROLES["publisher"], "cluster:monitor/state"))
+    try:
+        with pytest.raises(RequestError, match=r"^route swap is not possible: .* permission cluster:monitor/state"):
+            published(as_user["swapper"], "IVF-PQ", SWAP)
+        assert model_index.list_models(admin) == []
+        result = published(as_user["swapper"], "IVF-PQ", AUTO)
+        assert result.route == DELEGATE
+        assert "may not see registrations" in result.explanation
+    finally:
+        put_role(secure, "publisher", ROLES["publisher"])
+
+
+def run_as(user: str, secure: SecureOpenSearchServer, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    given = {"URL": secure.url, "USERNAME": user, "PASSWORD": PASSWORD, "CA_CERTS": secure.ca}
+    for name, value in given.items():
+        monkeypatch.setenv(f"OPENSEARCH_{name}", value)
+    models.run([*words, "--opensearch_url", secure.url])
+
+
+def pruned(secure: SecureOpenSearchServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    capsys.readouterr()
+    run_as("pruner", secure, monkeypatch, "prune", "*", "--keep", "1", "--delete")
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_third_role_lists_and_prunes(
+    secure: SecureOpenSearchServer,
+    admin: Session,
+    as_user: dict[str, Session],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    old, new = (published(as_user["pruner"], "IVF-Flat", REPLAY).model_id for _ in range(2))
+    run_as("pruner", secure, monkeypatch, "list")
+    assert {model["model_id"] for model in json.loads(capsys.readouterr().out)} == {old, new}
+    results = {each["model_id"]: each["result"] for each in pruned(secure, monkeypatch, capsys)}
+    assert results == {old: "deleted", new: "kept"}
+
+
+@pytest.mark.parametrize(("role", "permission"), [each for each in permissions() if each[0] == "pruner"])
+def test_nothing_is_pruned_without_seeing_who_uses_it(
+    secure: SecureOpenSearchServer,
+    admin: Session,
+    as_user: dict[str, Session],
+    role: str,
+    permission: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for _ in range(2):
+        published(as_user["pruner"], "IVF-Flat", REPLAY)
+    put_role(secure, role, without(ROLES[role], permission))
+    try:
+        with pytest.raises(RequestError, match=f"lacks the permission {permission}$"):
+            pruned(secure, monkeypatch, capsys)
+        assert len(model_index.list_models(admin)) == 2
+        if "template" in permission:
+            run_as("pruner", secure, monkeypatch, "prune", "*", "--keep", "1")
+            printed = capsys.readouterr()
+            assert "warning: templates are not looked at: " in printed.err
+            assert permission in printed.err
+            assert [each["result"] for each in json.loads(printed.out)] == ["kept", "to delete"]
+    finally:
+        put_role(secure, role, ROLES[role])
 
 
 @pytest.mark.parametrize("may_delete", [True, False])

@@ -26,7 +26,18 @@ from transforms.model import CREATED, TRAINING, TrainedModel, sha256
 from transforms.opensearch import model_index, temporary_index
 from transforms.opensearch.model_index import MODELS, NotPermitted, Registration, call, explain
 from transforms.opensearch.moving import request_at
-from transforms.opensearch.routes import AUTO, DELEGATE, REPLAY, SWAP, Choice, arrives_as, choose, training_vectors
+from transforms.opensearch.routes import (
+    AUTO,
+    DELEGATE,
+    NO_SIGHT,
+    NO_WRITE,
+    REPLAY,
+    SWAP,
+    Choice,
+    arrives_as,
+    choose,
+    training_vectors,
+)
 from transforms.opensearch.session import ServerError, Session
 from transforms.opensearch.temporary_index import FIELD, TemporaryIndex
 from transforms.request import TrainingRequest
@@ -174,8 +185,18 @@ def _prepare(
         warnings.append(
             f"OpenSearch {version} is newer than {NEWEST_TARGET}, the newest that publishing was tested with"
         )
-    choice = choose(route, request, model_index.may_write(session), has_sample)
+    choice = choose(route, request, _no_swap(session), has_sample)
     return Ready(request, choice, tuple(warnings))
+
+
+def _no_swap(session: Session) -> str:
+    if not model_index.may_write(session):
+        return NO_WRITE
+    try:
+        model_index.registration(session, "")
+    except NotPermitted:
+        return NO_SIGHT
+    return ""
 
 
 def _refuse_taken(

@@ -25,9 +25,14 @@ ROUTES = (AUTO, REPLAY, SWAP, DELEGATE)
 
 EXACT, ROUNDED = "exact", "rounded"
 
-_NO_WRITE = (
+#: Why a user cannot swap.
+NO_WRITE = (
     "this user may not write to .opensearch-knn-models, a system index "
     "(that takes the admin certificate, or the permission system:admin/system_index where the cluster has it enabled)"
+)
+NO_SIGHT = (
+    "this user may not see registrations, which are checked before a blob is replaced "
+    "(that takes the permission cluster:monitor/state)"
 )
 
 
@@ -56,12 +61,12 @@ def replay_fidelity(request: TrainingRequest) -> tuple[str | None, str]:
     )
 
 
-def choose(route: str, request: TrainingRequest, may_write: bool, has_sample: bool) -> Choice:
+def choose(route: str, request: TrainingRequest, no_swap: str, has_sample: bool) -> Choice:
     """The route to take.
 
     Args:
       route: one of ROUTES.
-      may_write: whether the user may write to the model index.
+      no_swap: why this user cannot swap; empty for one that can.
       has_sample: whether there are vectors that the cluster could train on.
 
     Raises:
@@ -73,8 +78,8 @@ def choose(route: str, request: TrainingRequest, may_write: bool, has_sample: bo
             raise RequestError(f"route replay is not possible: {reason}; use swap or delegate")
         return Choice(REPLAY, f"replay, as asked: {reason}")
     if route == SWAP:
-        if not may_write:
-            raise RequestError(f"route swap is not possible: {_NO_WRITE}; use replay or delegate")
+        if no_swap:
+            raise RequestError(f"route swap is not possible: {no_swap}; use replay or delegate")
         return Choice(SWAP, "swap, as asked: the document's blob is replaced by ours")
     if route == DELEGATE:
         if not has_sample:
@@ -84,13 +89,13 @@ def choose(route: str, request: TrainingRequest, may_write: bool, has_sample: bo
         raise RequestError(f"route {route!r} is not one of {', '.join(ROUTES)}")
     if fidelity == EXACT:
         return Choice(REPLAY, f"replay: {reason}")
-    if may_write:
+    if not no_swap:
         return Choice(SWAP, f"swap: {reason}, and this user may write to .opensearch-knn-models")
     if fidelity == ROUNDED:
-        return Choice(REPLAY, f"replay: {_NO_WRITE}; {reason}")
+        return Choice(REPLAY, f"replay: {no_swap}; {reason}")
     if has_sample:
-        return Choice(DELEGATE, f"delegate: {reason}, and {_NO_WRITE}; {_delegated(request)}")
-    raise RequestError(f"{reason}, {_NO_WRITE}, and there is no sample of vectors to hand to the cluster (delegate)")
+        return Choice(DELEGATE, f"delegate: {reason}, and {no_swap}; {_delegated(request)}")
+    raise RequestError(f"{reason}, {no_swap}, and there is no sample of vectors to hand to the cluster (delegate)")
 
 
 def _delegated(request: TrainingRequest) -> str:
