@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -121,7 +122,14 @@ def _cleanup(given: argparse.Namespace) -> None:
     session = _cluster(given).session
     found = temporary_index.find(session, given.model_id)
     if given.delete:
-        _print_json([cleanup(session, index) for index in found])
+        done, failures = [], []
+        for index in found:
+            try:
+                done.append(cleanup(session, index))
+            except (RequestError, TrainingError) as error:
+                failures.append(f"{index.name}: {error}")
+        _print_json(done)
+        _raise_if_any(failures)
         return
     begun = unfinished(session)
     _print_json([{**asdict(index), "unfinished_model": index.model_id in begun} for index in found])
@@ -140,6 +148,13 @@ def _prune(given: argparse.Namespace) -> None:
         for verdict in pruning.verdicts(models.list(), given.pattern, given.keep, used):
             done.append({"place": place, **asdict(verdict), **_carry_out(models, verdict, given.delete)})
     _print_json(done)
+    _raise_if_any([f'model "{each["model_id"]}": {each["reason"]}' for each in done if each["result"] == "failed"])
+
+
+def _raise_if_any(failures: Sequence[str]) -> None:
+    """What could not be removed, once all the rest is and was told."""
+    if failures:
+        raise TrainingError("; ".join(failures))
 
 
 def _carry_out(models: Place, verdict: pruning.Verdict, delete: bool) -> dict[str, str]:
@@ -151,6 +166,8 @@ def _carry_out(models: Place, verdict: pruning.Verdict, delete: bool) -> dict[st
         models.delete(verdict.model_id)
     except RequestError as error:  # the plugin knows of a use that this user does not see, or it has gone meanwhile
         return {"result": "kept", "reason": str(error)}
+    except TrainingError as error:
+        return {"result": "failed", "reason": str(error)}
     return {"result": "deleted"}
 
 
@@ -235,8 +252,10 @@ def _cluster(given: argparse.Namespace) -> Cluster:
 def _sample(path: str, dimension: int, data_type: str) -> np.ndarray:
     try:
         vectors = np.load(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise RequestError(f"--sample {path} cannot be read: {error}") from None
+    if not isinstance(vectors, np.ndarray):
+        raise RequestError(f"--sample {path} has several arrays, expected one (.npy)")
     width, dtype = columns(dimension, data_type), NUMPY_TYPES[data_type]
     if vectors.ndim != 2 or vectors.shape[1] != width or vectors.dtype != dtype:
         raise RequestError(f"--sample {path} has {vectors.shape} {vectors.dtype}, expected (n, {width}) {dtype}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.opensearch.support import Proxy
 from tests.opensearch_server import OpenSearchServer
 from tests.publish_cases import CASES
 from transforms.errors import RequestError, TrainingError
@@ -145,6 +146,23 @@ def test_asking_whether_one_may_write_writes_nothing(session: Session) -> None:
     before = session.json("GET", "/_cat/indices", {"format": "json", "h": "index,docs.count,docs.deleted"})
     assert model_index.may_write(session)
     assert session.json("GET", "/_cat/indices", {"format": "json", "h": "index,docs.count,docs.deleted"}) == before
+
+
+def test_a_cluster_that_claims_another_version_is_seen_through(opensearch_2: OpenSearchServer) -> None:
+    setting = "compatibility.override_main_response_version"
+    with Session(OpenSearchConnection(opensearch_2.url)) as session:
+        session.json("PUT", "/_cluster/settings", None, {"persistent": {setting: True}})
+        try:
+            assert session.json("GET", "/")["version"]["number"] == "7.10.2"
+            assert model_index.cluster_version(session) == "2.19.1"
+            with (
+                Proxy(opensearch_2.url, lambda _, path, __: 403 if path.startswith("/_nodes") else None) as proxy,
+                Session(OpenSearchConnection(proxy.url)) as less,
+                pytest.raises(RequestError, match=setting),
+            ):
+                model_index.cluster_version(less)
+        finally:
+            session.json("PUT", "/_cluster/settings", None, {"persistent": {setting: None}})
 
 
 def test_usage_names_index_and_field(session: Session) -> None:

@@ -64,8 +64,21 @@ def explain(session: Session, error: ServerError) -> RequestError | TrainingErro
 
 
 def cluster_version(session: Session) -> str:
-    """The version of the node that answers, e.g. 3.6.0."""
-    return str(call(session, "GET", "/")["version"]["number"])
+    """The version of the node that answers, e.g. 3.6.0. Raises RequestError if it is no OpenSearch."""
+    answer = call(session, "GET", "/")
+    version = answer.get("version") if isinstance(answer, dict) else None
+    if not isinstance(version, dict) or "number" not in version:
+        raise session.no_opensearch()
+    if "distribution" in version:
+        return str(version["number"])
+    try:
+        nodes = session.named(call(session, "GET", "/_nodes/_local", {"filter_path": "nodes.*.version"}))["nodes"]
+    except NotPermitted as error:
+        raise NotPermitted(
+            f"the cluster says that it is version {version['number']}, as a 2.x with "
+            f"compatibility.override_main_response_version does: reset that, or let this user see its nodes ({error})"
+        ) from None
+    return str(next(iter(nodes.values()))["version"])
 
 
 # --- documents, through the plugin's own API -----------------------------------------------------------------------
@@ -74,11 +87,14 @@ def cluster_version(session: Session) -> str:
 def get_model(session: Session, model_id: str) -> dict[str, Any] | None:
     """The Get Model API's answer, `model_blob` in base64 included; None if there is no such document."""
     try:
-        return dict(session.json("GET", f"{MODELS}/{quote(model_id, safe='')}"))
+        found = session.json("GET", f"{MODELS}/{quote(model_id, safe='')}")
     except ServerError as error:
         if error.status == 404:
             return None
         raise explain(session, error) from None
+    if not isinstance(found, dict) or "state" not in found:
+        raise session.no_opensearch()
+    return found
 
 
 def list_models(session: Session) -> list[dict[str, Any]]:
@@ -330,7 +346,7 @@ def usage(session: Session, model_id: str | None = None) -> dict[str, list[str]]
     Sees the indices whose mappings this user may read. Raises NotPermitted if there are none.
     """
     params = {"expand_wildcards": "all", "filter_path": "**.model_id"}
-    found = call(session, "GET", "/_mapping", params) or {}
+    found = session.named(call(session, "GET", "/_mapping", params))
     used: dict[str, list[str]] = {}
     for index, entry in found.items():
         for field, used_id in _model_fields(entry.get("mappings", {})):

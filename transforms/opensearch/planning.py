@@ -150,7 +150,7 @@ def _fields(session: Session, expression: str, name: str, dimension: int, data_t
     if not name:
         raise RequestError("Field path is empty.")
     try:
-        found = session.json("GET", f"/{path_of(expression)}/_mapping/field/{quote(name, safe='')}")
+        found = session.named(session.json("GET", f"/{path_of(expression)}/_mapping/field/{quote(name, safe='')}"))
     except ServerError as error:
         if error.status == 404:
             raise RequestError(f'Index "{expression}" does not exist.') from None
@@ -161,7 +161,7 @@ def _fields(session: Session, expression: str, name: str, dimension: int, data_t
     fields = {}
     for index in sorted(found):
         where = "" if index == expression else f' (index "{index}")'
-        mapping = found[index]["mappings"].get(name, {}).get("mapping", {})
+        mapping = found[index].get("mappings", {}).get(name, {}).get("mapping", {})
         if not mapping:
             raise RequestError(f'Field "{name}" does not exist.{where}')
         (settings,) = mapping.values()

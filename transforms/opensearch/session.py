@@ -154,8 +154,23 @@ class Session:
         return cancelled
 
     def json(self, method: str, path: str, params: Mapping[str, Any] | None = None, body: Any = None) -> Any:
-        """The parsed JSON response of a request; arguments and errors as `send`."""
-        return json.loads(self.send(method, path, params, body) or b"null")
+        """The parsed JSON response of a request; arguments and errors as `send`. RequestError if it is not JSON."""
+        data = self.send(method, path, params, body)
+        try:
+            return json.loads(data or b"null")
+        except ValueError:
+            raise self.no_opensearch() from None
+
+    def named(self, answer: Any) -> dict[str, dict[str, Any]]:
+        """`answer` if it has an object for each name, as answers about indices have. Raises RequestError."""
+        answer = {} if answer is None else answer
+        if not isinstance(answer, dict) or not all(isinstance(entry, dict) for entry in answer.values()):
+            raise self.no_opensearch()
+        return answer
+
+    def no_opensearch(self) -> RequestError:
+        """What to raise when a success is not what an OpenSearch sends: a web page, or another service's JSON."""
+        return RequestError(f"{self._connection.url} does not answer as an OpenSearch does: is the URL right?")
 
     def send(
         self,

@@ -103,7 +103,7 @@ def find(session: Session, model_id: str | None = None) -> list[TemporaryIndex]:
     filter_path = f"*.mappings._meta.{_META},*.settings.index.creation_date"
     answer = call(session, "GET", f"/{PREFIX}*", {"expand_wildcards": "all", "filter_path": filter_path})
     found = []
-    for name, entry in (answer or {}).items():
+    for name, entry in session.named(answer).items():
         meta = entry.get("mappings", {}).get("_meta", {}).get(_META)
         if meta is None:  # an index of that name which we did not make
             continue
