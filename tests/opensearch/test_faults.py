@@ -222,6 +222,21 @@ def test_without_points_in_time_the_same_is_read(index):
     assert np.array_equal(same, rows)
 
 
+def test_a_node_that_opens_no_more_points_in_time_is_read_at_once(index):
+    expected, _ = read(source(index, "faulty", 8))
+    client = index.client()
+    limit = "search.max_open_pit_context"
+    client.cluster.put_settings(body={"transient": {limit: 0}})
+    try:
+        with Proxy(index.url) as proxy:
+            found, _ = read(source(index, "faulty", 8, url=proxy.url, slices_wanted=5))
+            assert 0 < len(proxy.requests("point_in_time")) <= 6  # one refusal a slice
+            assert not any(b'"pit"' in body for _, _, body in proxy.requests("_search?"))
+        assert np.array_equal(found, expected)
+    finally:
+        client.cluster.put_settings(body={"transient": {limit: None}})
+
+
 def test_where_scripts_are_refused_source_is_read(index):
     def rule(method, path, body):
         return 400 if b"script_fields" in body else None

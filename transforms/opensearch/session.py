@@ -40,6 +40,8 @@ LAUNCHER_ATTEMPTS = 3
 POOL_SIZE = 64
 
 _RETRIED = frozenset({408, 429, 502, 503, 504})
+#: A refusal (429) that does not pass with a peak: what others have open may stay open for hours.
+_NO_MORE_PITS = "too many Point In Time contexts"
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 16.0
 
@@ -217,7 +219,7 @@ class Session:
                         method, path, params=params, body=body, headers={"accept": accept}
                     )
             except ServerError as error:
-                if error.status not in _RETRIED:
+                if error.status not in _RETRIED or _NO_MORE_PITS in error.reason:
                     raise
                 problem, retry_after, busy = f"answers {error}", error.retry_after, error.status == 429
             except opensearchpy.SSLError as error:

@@ -164,7 +164,7 @@ class SliceReader:
                 self._pit = self._session.json("POST", path, params)["pit_id"]
             except ServerError as error:
                 # Not permitted, not known to this version, or too many open ones.
-                if error.status not in (400, 403, 405) and "too many" not in error.reason.lower():
+                if error.status not in (400, 403, 405, 429):
                     raise
                 self._can_have_pit = False
             return self._pit
