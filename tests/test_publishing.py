@@ -147,6 +147,14 @@ def test_published_bytes_survive_minus_zero_and_tiny_numbers(session: Session) -
     assert result.blob_sha256 == sha256(bytes(blob))
 
 
+def test_the_cluster_reads_in_pages_of_the_request(opensearch: OpenSearchServer, session: Session) -> None:
+    it = trained(session, "IVF-PQ", search_size=500)
+    with Proxy(opensearch.url) as proxy, Session(OpenSearchConnection(proxy.url)) as behind:
+        it.publish(behind, DELEGATE)
+    (asked,) = (json.loads(body) for _, _, body in proxy.requests("/_train"))
+    assert asked["search_size"] == 500
+
+
 def test_auto_takes_the_best_route_there_is() -> None:
     def route(name: str, may_write: bool, has_sample: bool) -> str:
         choice = choose("auto", CASES[name].request("3.6.0"), "" if may_write else NO_WRITE, has_sample)

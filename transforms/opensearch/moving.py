@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transforms import method as methods
@@ -15,7 +16,8 @@ from transforms.versions import Version, parse_version
 
 def request_at(request: TrainingRequest, version: str) -> TrainingRequest:
     """`request` as the cluster at `version` resolves it. Raises RequestError if it cannot have such a model."""
-    return request_of(metadata(request, CREATED), version)
+    # A model does not tell how large the pages were that it was read in, but they protect the heap of a data node.
+    return replace(request_of(metadata(request, CREATED), version), search_size=request.search_size)
 
 
 def request_of(model: Mapping[str, Any], version: str) -> TrainingRequest:
