@@ -85,6 +85,15 @@ def test_what_is_no_opensearch_is_told_so(
     assert told == (2, f"error: {url} does not answer as an OpenSearch does: is the URL right?")
 
 
+def test_an_elasticsearch_is_no_opensearch() -> None:
+    with (
+        answering(b'{"version":{"number":"8.17.0"},"nodes":{"version":{"version":"8.17.0"}}}') as url,
+        Session(OpenSearchConnection(url)) as session,
+        pytest.raises(RequestError, match="does not answer as an OpenSearch does"),
+    ):
+        model_index.cluster_version(session)
+
+
 @pytest.mark.parametrize("body", OTHERS)
 def test_what_is_no_opensearch_is_not_read(body: bytes) -> None:
     with answering(body) as url, pytest.raises(RequestError, match="does not answer as an OpenSearch does"):

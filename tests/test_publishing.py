@@ -488,6 +488,25 @@ def test_the_mark_stays_while_a_training_may_come(
     assert it.publish(session_3, SWAP).outcome == "resumed"
 
 
+def test_the_mark_stays_where_the_request_itself_is_interrupted(
+    opensearch_3: OpenSearchServer, session_3: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = trained(session_3, "IVF-PQ")
+    send = Session.send
+
+    def interrupted(self: Session, method: str, path: str, *arguments: Any, **options: Any) -> Any:
+        if path.endswith("/_train"):
+            raise KeyboardInterrupt
+        return send(self, method, path, *arguments, **options)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Session, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            it.publish(session_3, SWAP)
+    assert len(temporary_index.find(session_3)) == 1
+    assert it.publish(session_3, SWAP).outcome == "published"
+
+
 def test_a_version_yet_unknown_is_tried_with_a_warning(session_3: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_index, "cluster_version", lambda _: "3.99.0")
     it = trained(session_3, "IVF-PQ")

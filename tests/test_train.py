@@ -779,6 +779,23 @@ def test_parquet_into_a_cluster_by_its_own_rules(work: Path, export: str, index:
         model_index.delete_model(session, "m1")
 
 
+def test_an_interrupted_run_takes_its_publication_back(work: Path, export: str, opensearch_3: OpenSearchServer) -> None:
+    words = arguments(work, export, "--model_id", "m1", "--publish", "swap", "--opensearch_url", opensearch_3.url)
+    with Session(OpenSearchConnection(opensearch_3.url)) as session:
+        with opensearch_3.trainer.held():
+            child = start(words)
+            while model_index.get_model(session, "m1") is None:
+                assert child.poll() is None
+                time.sleep(0.05)
+            child.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        _, errors = child.communicate(timeout=60)
+        assert child.returncode == 1
+        assert errors.splitlines()[-1].startswith("failed: ")
+        assert model_index.get_model(session, "m1") is None
+        assert temporary_index.find(session) == []
+
+
 def test_a_publication_that_fails_leaves_the_model(
     work: Path, export: str, index: OpenSearchServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,13 +72,16 @@ def cluster_version(session: Session) -> str:
     if "distribution" in version:
         return str(version["number"])
     try:
-        nodes = session.named(call(session, "GET", "/_nodes/_local", {"filter_path": "nodes.*.version"}))["nodes"]
+        answer = call(session, "GET", "/_nodes/_local", {"filter_path": "nodes.*.version"})
     except NotPermitted as error:
         raise NotPermitted(
             f"the cluster says that it is version {version['number']}, as a 2.x with "
             f"compatibility.override_main_response_version does: reset that, or let this user see its nodes ({error})"
         ) from None
-    return str(next(iter(nodes.values()))["version"])
+    node = next(iter(session.named(session.named(answer).get("nodes")).values()), {})
+    if node.get("version") in (None, version["number"]):  # an Elasticsearch
+        raise session.no_opensearch()
+    return str(node["version"])
 
 
 # --- documents, through the plugin's own API -----------------------------------------------------------------------

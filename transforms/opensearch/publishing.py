@@ -190,10 +190,11 @@ def _prepare(
 
 
 def _no_swap(session: Session) -> str:
+    """Why this user cannot swap; empty for one that can."""
     if not model_index.may_write(session):
         return NO_WRITE
     try:
-        model_index.registration(session, "")
+        model_index.registration(session, "")  # any id will do, to see whether it may be asked for
     except NotPermitted:
         return NO_SIGHT
     return ""
@@ -381,21 +382,21 @@ class _Publication:
         path = f"{MODELS}/{quote(self._model_id, safe='')}/_train"
         deadline = time.monotonic() + TRAINING_TIMEOUT_S
         for wait_s in _waits():
-            self._owns_model = True  # from here on there may be a model, even if no answer comes
+            earlier = self._unanswered
+            self._owns_model = self._unanswered = True  # from here on there may be a model, even if no answer comes
             try:
                 # Not sent again blindly: the second of two would be refused because of the first.
                 self._session.send("POST", path, params, body, attempts=1)
                 self._unanswered = False
                 return
             except ServerError as error:
-                if self._unanswered and self._is_there():
+                if earlier and self._is_there():
                     return  # refused because of an earlier try, which did arrive
-                self._owns_model = self._unanswered
+                self._owns_model = self._unanswered = earlier
                 if error.reason not in _BUSY or time.monotonic() > deadline:
                     raise explain(self._session, error) from None
                 _LOG.info("waiting: %s", error.reason)
             except TrainingError:
-                self._unanswered = True
                 if self._comes():
                     return
                 if time.monotonic() > deadline:
