@@ -44,6 +44,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Runs `knn-models`. Raises RequestError or TrainingError."""
     given = _parser().parse_args(argv)
     files.set_remote_options({})  # what there is to say is in the environment, as AWS_ENDPOINT_URL
+    if getattr(given, "model_dir", None):
+        files.check(given.model_dir)
     _COMMANDS[given.command](given)
 
 
@@ -198,7 +200,8 @@ def _parser() -> argparse.ArgumentParser:
         if files is not False:
             added.add_argument("--model_dir", required=bool(files), help="folder of models, on any Beam filesystem")
         if cluster is not False:
-            added.add_argument("--opensearch_url", metavar="URL", help="cluster (default: $OPENSEARCH_URL)")
+            default = "$OPENSEARCH_URL, unless --model_dir is given" if files is None else "$OPENSEARCH_URL"
+            added.add_argument("--opensearch_url", metavar="URL", help=f"cluster (default: {default})")
         return added.add_argument
 
     command("get", "print a model's description", "model_id")
