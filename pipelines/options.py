@@ -142,7 +142,7 @@ _DRY_RUN = "--dry_run"
 def parse(argv: Sequence[str]) -> tuple[TrainOptions, bool]:
     """The options and whether `--dry_run` was given.
 
-    Beam has a `--dry_run` of its own that takes a value and means something else, so ours is taken out first.
+    Beam has a `--dry_run` of its own that means something else, so ours is taken out first.
 
     Raises:
       RequestError: a flag is unknown or a value does not fit; it names the flag and the nearest one.
@@ -161,7 +161,9 @@ def _without_values(words: Sequence[str], ours: argparse.ArgumentParser) -> list
     bare = {_DRY_RUN, *(name for action in ours._actions if action.nargs == 0 for name in action.option_strings)}
     kept = []
     for word in words:
-        name, _, value = word.partition("=")
+        name, given, value = word.partition("=")
+        if name == _DRY_RUN and given and value.lower() not in ("true", "false"):
+            raise RequestError(f"dry_run is {value!r}, expected nothing, true or false")
         if name not in bare or value.lower() not in ("true", "false"):
             kept.append(word)
         elif value.lower() == "true":

@@ -129,7 +129,8 @@ def _train(
                 outcomes = [] if launches else [outcome.read(folder.path, plan) for plan in plans]
                 failed = any(each.written["state"] != CREATED and not each.written["kept"] for each in outcomes)
             finally:
-                folder.keep = launches or (failed and not progress.cancelled() and resume.has_sample(folder.path))
+                folder.goes_on = launches
+                folder.keep = failed and not launches and not progress.cancelled() and resume.has_sample(folder.path)
     except BaseException as error:
         reason = _reason(error, elsewhere)
         for plan in plans:
@@ -140,7 +141,7 @@ def _train(
             raise TrainingError(reason) from error
         raise
     finally:
-        if folder is not None and folder.keep and not launches:
+        if folder is not None and folder.keep:
             display.say(f"the sample is kept in {folder.path}: the same command with --resume trains on it")
     if launches:
         outcome.tell_states(plans, files, before, TRAINING)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the job that `knn-train` would send to Dataflow, without a cloud: `python -m tests.dataflow_graph FLAGS`,
-Beam's own `--dry_run=True` among them.
+"""Builds the job that `knn-train` would send to Dataflow, without a cloud: `python -m tests.dataflow_graph FLAGS`.
 
 Prints the serialised graph's size and labels, its resource hints, and every text in it, as one JSON object. Payloads
 are unpacked: a pickled step is compressed and in base64, which would hide what is looked for.
@@ -18,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 import apache_beam as beam
+from apache_beam.options.pipeline_options import TestOptions
 from apache_beam.portability.api import beam_runner_api_pb2 as api
 
 from pipelines.options import parse
@@ -64,6 +64,7 @@ def _repeated(field: Any, value: Any) -> bool:
 
 def main(argv: list[str]) -> None:
     options, _ = parse(argv)
+    options.view_as(TestOptions).dry_run = True  # Beam's own: everything but sending it
     pipeline = beam.Pipeline(options=options)
     build(pipeline, make_plans(options), options, "gs://bucket/temp/knn-train-run")
     graph = pipeline.run().job.proto_pipeline

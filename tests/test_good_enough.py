@@ -298,6 +298,7 @@ def test_a_model_of_the_cluster_to_compare_with(work: Path, export: str, opensea
     found = client.transport.perform_request("GET", "/_plugins/_knn/models/quality-old")
     assert found["state"] == "created"
     assert not client.exists(index=".opensearch-knn-models", id="quality-new")
+    client.transport.perform_request("DELETE", "/_plugins/_knn/models/quality-old")
 
 
 # --- a suggestion ---

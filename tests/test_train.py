@@ -402,6 +402,11 @@ def test_a_dry_run_is_what_was_asked_for(words: list[str], dry_run: bool) -> Non
     assert parse(["--seed", "1", *words])[1] == dry_run
 
 
+def test_a_dry_run_is_so_or_not() -> None:
+    with pytest.raises(RequestError, match=r"^dry_run is 'yes', expected nothing, true or false$"):
+        parse(["--dry_run=yes"])
+
+
 def test_duplicate_keys_in_the_file_are_seen(work: Path, export: str) -> None:
     (work / "request.json").write_text(json.dumps(REQUEST)[:-1] + ', "dimension": 16}')
     with pytest.raises(RequestError, match="Duplicate field 'dimension'"):

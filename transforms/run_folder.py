@@ -33,11 +33,13 @@ class RunFolder:
 
     Attributes:
       path: on any Beam filesystem.
-      keep: set it to leave the folder when the run ends.
+      keep: set it to leave the folder when the run ends, for another to resume.
+      goes_on: set it where the run goes on elsewhere: the folder stays, and no other run may have it.
     """
 
     path: str
     keep: bool = False
+    goes_on: bool = False
 
 
 def check(temp_location: str | None) -> None:
@@ -138,9 +140,9 @@ def _removed_at_the_end(path: str) -> Iterator[RunFolder]:
     try:
         yield folder
     finally:
-        if not folder.keep:
+        if not folder.keep and not folder.goes_on:
             files.remove_folder(path)
-        else:
+        elif not folder.goes_on:
             files.write_whole(files.join(path, _KEPT), b"kept")  # Beam's object stores make no empty files
 
 

@@ -293,12 +293,12 @@ class _FillFn(beam.DoFn, Generic[S]):
         spiller = _Spiller(self._folder, sample.size)
         limit = BadVectorLimit(self._max_bad_vectors)
         slices = self._source.slices()
-        for number, part in enumerate(slices):
+        for number, part in enumerate(slices, 1):
             with closing_blocks(self._source.read(part, 1.0, limit.reject)) as blocks:
                 for block in blocks:
-                    progress.report("read again", number, len(slices))
+                    progress.advance("vectors read again", len(block))
                     spiller.add(block)
-        progress.report("read again", len(slices), len(slices))
+            progress.report("read again", number, len(slices))
         yield Sample(sample.size, spiller.close())
         for bad in limit.rejected:
             yield TaggedOutput(REJECTED, bad)
