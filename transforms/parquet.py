@@ -81,8 +81,9 @@ class ParquetVectors:
         count = read = 0
         for _, footer in footers:
             for group in range(footer.num_row_groups):
-                count += self._vectors_in(footer, group)
-                read += sum(chunk.total_compressed_size for chunk in _chunks(footer, group, self.column))
+                (chunk,) = _chunks(footer, group, self.column)  # a list of numbers has one leaf
+                count += self._vectors_in(chunk, footer.row_group(group).num_rows)
+                read += chunk.total_compressed_size
         return SourceSummary(
             self.pattern, f"parquet, {_plural(len(footers), 'file')}", count, read / count if count else 0.0
         )
@@ -125,10 +126,8 @@ class ParquetVectors:
                         priorities if len(good) == len(priorities) else priorities[good], vectors, positions
                     )
 
-    def _vectors_in(self, footer: pq.FileMetaData, group: int) -> int:
+    def _vectors_in(self, chunk: pq.ColumnChunkMetaData, rows: int) -> int:
         """Vectors in a row group: its rows without those that are null, if the file has statistics."""
-        rows: int = footer.row_group(group).num_rows
-        (chunk,) = _chunks(footer, group, self.column)
         statistics = chunk.statistics
         if statistics is None or not statistics.has_null_count:
             return rows
